@@ -1,0 +1,191 @@
+"""RunConfig: everything about a run that is not in its manifest, from one YAML file plus
+`--set section.key=value` overrides. Sections: model, defaults, input, engine, memory, output."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raydiff.errors import ConfigError, nearest
+
+ProfileName = Literal["full_gpu", "balanced", "gpu_poor", "extreme", "cpu_only"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
+
+
+class ModelConfig(_Section):
+    """Which checkpoint, and how it is run."""
+
+    name: str = "sdxl"
+    """Alias from configs/models, Hub id, local folder or single .safetensors file."""
+    revision: str | None = None
+    """Hub branch, tag or commit; None is the alias's pinned one, else the Hub's default branch."""
+    variant: Literal["auto", "fp16", "none"] = "auto"
+    """Weight files to fetch from the Hub: auto takes fp16 files unless dtype is float32."""
+    dtype: DTypeName = "auto"
+    """auto is float32 on CPU and bfloat16 on CUDA."""
+    vae_dtype: DTypeName = "auto"
+    """auto is `dtype`, except float32 where `dtype` is float16 (SDXL's decoder overflows in it)."""
+    compile: bool = False
+    """torch.compile the UNet and the VAE decoder: slow to start, faster for long runs on CUDA."""
+
+
+class DefaultsConfig(_Section):
+    """Values for rows that leave a column out; None takes the model's default."""
+
+    negative_prompt: str | None = None
+    num_images: int = Field(1, ge=1, le=4096)
+    height: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1)
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = None
+    guidance_rescale: float = Field(0.0, ge=0.0, le=1.0)
+    sampler: str | None = None
+    strength: float | None = Field(None, ge=0.0, le=1.0)
+    seed: int | None = Field(None, ge=0)
+
+
+class InputConfig(_Section):
+    """Where init images may come from."""
+
+    root: str | None = None
+    """Folder that init images must lie in; None is the manifest's own folder."""
+
+
+class EngineConfig(_Section):
+    """Workers, batches and patience."""
+
+    workers: int | Literal["auto"] = "auto"
+    """auto is one per GPU, or one CPU worker where there is none."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Largest batch; auto asks each worker's memory profile."""
+    batches_in_flight: int = Field(2, ge=1, le=16)
+    """Batches queued on each worker, the running one included."""
+    lookahead: int = Field(4096, ge=1)
+    """Rows read ahead of the renderers, to find rows that can share a batch."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """Seconds that a worker may take to be placed and to load its model."""
+    max_crashes: int = Field(3, ge=1)
+    """Worker crashes with which a row is quarantined."""
+
+
+class MemoryConfig(_Section):
+    """The memory profile, and single choices that override it."""
+
+    profile: ProfileName | Literal["auto"] = "auto"
+    devices: dict[Literal["text_encoder", "unet", "vae"], str] = Field(default_factory=dict)
+    """Device per component (`cpu`, `cuda`), over the profile's."""
+
+
+class OutputConfig(_Section):
+    """Files and metadata."""
+
+    image: Literal["png", "jpg", "webp"] = "png"
+    quality: int = Field(95, ge=1, le=100)
+    """JPEG and WebP quality."""
+    png_compression: int = Field(3, ge=0, le=9)
+    """zlib level: higher is smaller and slower."""
+    strip_metadata: bool = False
+    """Leave the request out of the image file."""
+    commit_s: float = Field(2.0, gt=0)
+    """Longest time that a finished row waits for its metadata to be committed."""
+    commit_rows: int = Field(5000, ge=1)
+    """Most finished rows in one metadata part."""
+
+
+class RunConfig(_Section):
+    """One run: a manifest (or prompts), an output folder and the sections above."""
+
+    manifest: str | None = None
+    prompts: tuple[str, ...] = ()
+    """Prompts given in place, instead of a manifest."""
+    out: str | None = None
+    limit: int | None = Field(None, ge=1)
+    """Render only the first `limit` manifest rows."""
+    model: ModelConfig = ModelConfig()
+    defaults: DefaultsConfig = DefaultsConfig()
+    input: InputConfig = InputConfig()
+    engine: EngineConfig = EngineConfig()
+    memory: MemoryConfig = MemoryConfig()
+    output: OutputConfig = OutputConfig()
+
+
+def load_config(
+    job_file: str | Path | None = None, overrides: dict[str, Any] | None = None
+) -> RunConfig:
+    """Read a job file (YAML) and lay `overrides` ({"section.key": value}) over it.
+
+    Raises ConfigError naming the key, its value, the rule and the nearest known key.
+    """
+    values: dict[str, Any] = {}
+    if job_file is not None:
+        values = _read_yaml(Path(job_file))
+    for key, value in (overrides or {}).items():
+        _set_dotted(values, key, value)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, job_file)) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `section.key=value`; the value is read as YAML, so `null`, `2` and `true` are typed."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: expected section.key=value, e.g. model.dtype=float32")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key.strip(), value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"job file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"job file {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"job file {path}: expected keys and values such as `manifest: x.parquet`")
+    return values
+
+
+def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: {section} is a value, not a section")
+        values = inner
+    values[key] = value
+
+
+def _explain(error: ValidationError, job_file: str | Path | None) -> str:
+    """Say every wrong key in one line each."""
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        key = ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(path[:-1])
+            hint = nearest(path[-1], known)
+            lines.append(f"{key}: unknown key; {hint}known: {', '.join(known)}")
+        else:
+            lines.append(f"{key}: {problem['input']!r}: {problem['msg']}")
+    where = f"job file {job_file}: " if job_file is not None else ""
+    return where + "\n".join(dict.fromkeys(lines))
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in path:
+        inner = model.model_fields[part].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return sorted(model.model_fields)
