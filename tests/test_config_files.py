@@ -11,7 +11,7 @@ def test_every_named_file_exists() -> None:
 
 
 def test_an_unknown_name_says_the_nearest() -> None:
-    with pytest.raises(ConfigError, match='there is no .sdx.; did you mean "sdxl"'):
+    with pytest.raises(ConfigError, match=r'there is no .sdx.; did you mean "sdxl"'):
         config_file("models", "sdx")
 
 
