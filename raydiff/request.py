@@ -48,8 +48,8 @@ class ModelInfo:
     default_guidance_scale: float
     default_strength: float
     default_sampler: str
-    weights_bytes: dict[str, int]
-    """Bytes of each component's tensors in the dtype they are stored in, from the file headers."""
+    num_parameters: dict[str, int]
+    """Parameters of each component (text_encoder, unet, vae, ...), from the file headers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
