@@ -1,0 +1,61 @@
+"""The `raydiff` command: one click command per file, loaded when it is called."""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from raydiff import __version__
+from raydiff.errors import InputError, RaydiffError
+
+COMMANDS = {
+    "render": ("raydiff.cli.render", "Render a manifest, a job file or single prompts."),
+    "plan": ("raydiff.cli.plan", "Say what a run would do, without rendering."),
+    "status": ("raydiff.cli.status", "Show how far a run is."),
+    "verify": ("raydiff.cli.verify", "Check every file of a run against its metadata."),
+    "models": ("raydiff.cli.models", "Inspect, download or make checkpoints."),
+    "doctor": ("raydiff.cli.doctor", "Check this machine: Python, torch, GPUs, Ray, disk."),
+    "bench": ("raydiff.cli.bench", "Measure the engine and the models on this machine."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order a newcomer needs them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(module), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turn raydiff's own errors into one message and an exit status."""
+        try:
+            return super().invoke(ctx)
+        except RaydiffError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="raydiff")
+def main() -> None:
+    """Render a Parquet manifest of prompts into images on every GPU there is.
+
+    \b
+    raydiff render --prompt "a lighthouse at dusk" --model sdxl
+    raydiff render prompts.parquet --model sdxl --out renders
+    raydiff status renders
+    """

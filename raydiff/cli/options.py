@@ -1,0 +1,77 @@
+"""The options that `render` and `plan` share, and the RunConfig that they make."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raydiff.config import RunConfig, load_config, parse_override
+from raydiff.errors import ConfigError
+
+JOB_FILE_SUFFIXES = (".yaml", ".yml")
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what says which rows, which model and how."""
+    options = [
+        click.argument("source", required=False),
+        click.option(
+            "--prompt", "prompts", multiple=True, metavar="TEXT", help="Render TEXT; repeatable."
+        ),
+        click.option("--model", help="Alias, Hugging Face id, folder or .safetensors file."),
+        click.option("--out", help="Output folder."),
+        click.option(
+            "--profile",
+            type=click.Choice(["auto", "full_gpu", "balanced", "gpu_poor", "extreme", "cpu_only"]),
+            help="Memory profile; auto goes by the GPU.",
+        ),
+        click.option(
+            "--workers", help="Worker processes; auto is one per GPU, or one without a GPU."
+        ),
+        click.option(
+            "--limit", type=click.IntRange(min=1), help="Stop after the first N manifest rows."
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Any setting of a job file, e.g. engine.batch_size=4; repeatable.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run_config(
+    source: str | None,
+    prompts: tuple[str, ...],
+    overrides: tuple[str, ...],
+    **options: Any,
+) -> RunConfig:
+    """Lay the command line over the job file, if SOURCE is one, and check the whole."""
+    is_job = source is not None and source.endswith(JOB_FILE_SUFFIXES)
+    values = dict(parse_override(text) for text in overrides)
+    keys = {
+        "model": "model.name",
+        "profile": "memory.profile",
+        "workers": "engine.workers",
+        "out": "out",
+        "limit": "limit",
+    }
+    values |= {keys[name]: value for name, value in options.items() if value is not None}
+    if source is not None and not is_job:
+        values["manifest"] = source
+    if prompts:
+        values["prompts"] = prompts
+    config = load_config(Path(source) if is_job and source is not None else None, values)
+    if config.manifest is None and not config.prompts:
+        raise ConfigError(
+            "nothing to render: name a manifest (prompts.parquet), a job file (job.yaml) or a "
+            '--prompt "text"'
+        )
+    if config.manifest is not None and config.prompts:
+        raise ConfigError("a manifest and prompts at once: give one or the other")
+    return config

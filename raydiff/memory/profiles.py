@@ -1,0 +1,115 @@
+"""Memory profiles: named policies for where components run and what is freed when.
+
+The five profiles are data (configs/profiles/*.yaml); `resolve_profile` picks one for a model on
+a GPU and lays the run's own choices over it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import yaml
+
+from raydiff.config import MemoryConfig, ProfileName
+from raydiff.config_files import config_file
+from raydiff.errors import ConfigError
+from raydiff.memory.gpus import GpuInfo
+
+Cleanup = Literal["none", "phase", "step"]
+Guidance = Literal["batched", "sequential"]
+
+PROFILES: tuple[ProfileName, ...] = ("full_gpu", "balanced", "gpu_poor", "extreme", "cpu_only")
+"""From the most VRAM to the least."""
+
+GIB = 1024**3
+CARD_TOLERANCE = 0.9
+"""A card sold as N GB may report a tenth less than N GiB (ECC, reserved memory: T4, A10)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """One policy. Components are text_encoder (all of them), unet and vae."""
+
+    name: ProfileName
+    min_card_gib: dict[str, float]
+    """Per family: the smallest card, in GiB as sold, that `auto` gives this profile."""
+    devices: dict[str, str]
+    """Where each component computes: `cuda` or `cpu`."""
+    guidance: Guidance
+    """batched: both halves of guidance in one forward pass; sequential: one after the other."""
+    cleanup: Cleanup
+    """none: components stay on the GPU. phase: each is there for its own phase only, and freed
+    memory goes back to the driver between phases. step: weights visit layer by layer."""
+    max_batch_pixels: int
+    """Largest batch x height x width."""
+    vae_batch_pixels: int
+    """Most pixels decoded at once, whole images at least."""
+    vae_tile_pixels: int | None
+    """Images of more pixels are decoded in tiles; None is never."""
+
+    def max_batch_size(self, height: int, width: int) -> int:
+        """Return how many images of this size may share a batch, one at least."""
+        return max(1, self.max_batch_pixels // (height * width))
+
+    def gpu_bytes(self, component_bytes: Mapping[str, int]) -> int:
+        """Return the weight bytes that this profile holds on the GPU at its widest moment."""
+        on_gpu: dict[str, int] = {}
+        for component, size in component_bytes.items():
+            kind = component_kind(component)
+            if self.devices[kind] == "cuda":
+                on_gpu[kind] = on_gpu.get(kind, 0) + size
+        if self.cleanup == "step":
+            return 0
+        return sum(on_gpu.values()) if self.cleanup == "none" else max(on_gpu.values(), default=0)
+
+
+def component_kind(component: str) -> str:
+    """Return the kind that profiles speak of: `text_encoder_2` is a `text_encoder`."""
+    return "text_encoder" if component.startswith("text_encoder") else component
+
+
+def load_profile(name: ProfileName) -> Profile:
+    """Read one of the five profiles from its YAML file."""
+    values: dict[str, Any] = yaml.safe_load(config_file("profiles", name).read_text("utf-8"))
+    values.pop("description")
+    return Profile(name=name, **values)
+
+
+def resolve_profile(
+    memory: MemoryConfig,
+    family: str,
+    component_bytes: Mapping[str, int],
+    gpu: GpuInfo | None,
+) -> Profile:
+    """Return the profile to run `family` with on `gpu` (None: no GPU).
+
+    `auto` goes by the card's size as sold, then steps down while what is free now does not hold
+    the profile's weights. A profile asked for by name is taken as it is.
+    """
+    if memory.profile == "auto":
+        profile = _auto(family, component_bytes, gpu)
+    else:
+        profile = load_profile(memory.profile)
+    if memory.devices:
+        profile = replace(
+            profile, devices=profile.devices | {str(k): v for k, v in memory.devices.items()}
+        )
+    if gpu is None and "cuda" in {device.split(":")[0] for device in profile.devices.values()}:
+        raise ConfigError(
+            f"memory.profile is {profile.name} with {profile.devices}, but no GPU is visible. "
+            "Use --profile cpu_only or auto, or check `raydiff doctor`."
+        )
+    return profile
+
+
+def _auto(family: str, component_bytes: Mapping[str, int], gpu: GpuInfo | None) -> Profile:
+    if gpu is None:
+        return load_profile("cpu_only")
+    profiles = [load_profile(name) for name in PROFILES]
+    fitting = (
+        profile
+        for profile in profiles
+        if gpu.total_bytes >= CARD_TOLERANCE * profile.min_card_gib[family] * GIB
+        and gpu.free_bytes >= profile.gpu_bytes(component_bytes)
+    )
+    return next(fitting)

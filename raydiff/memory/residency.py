@@ -1,0 +1,91 @@
+"""Residency: which component's weights are on the GPU, moved at phase borders or layer by layer.
+
+Weights that leave the GPU are never copied back: the host copy is kept and pointed to again.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from raydiff.memory.profiles import Profile, component_kind
+
+
+class Residency:
+    """Brings components to the device they compute on, and frees it by the profile's cleanup."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], profile: Profile) -> None:
+        """Take modules as they were loaded: on the GPU if they stay there, else on the host."""
+        self._modules = dict(modules)
+        self._profile = profile
+        self._host = {name: _tensors(module) for name, module in self._modules.items()}
+        if profile.cleanup == "step":
+            for name, module in self._modules.items():
+                if self.device_of(name).type == "cuda":
+                    _visit_layer_by_layer(module, self.device_of(name))
+
+    def device_of(self, component: str) -> torch.device:
+        """Return the device that a component computes on."""
+        return compute_device(component, self._profile)
+
+    @contextmanager
+    def on_device(self, *components: str) -> Iterator[None]:
+        """Hold components on their compute devices for one phase."""
+        moving = [name for name in components if self._moves(name)]
+        for name in moving:
+            _point_to(self._modules[name], _copies(self._host[name], self.device_of(name)))
+        try:
+            yield
+        finally:
+            for name in moving:
+                _point_to(self._modules[name], self._host[name])
+            if moving or self._profile.cleanup == "step":
+                torch.cuda.empty_cache()
+
+    def _moves(self, component: str) -> bool:
+        return self._profile.cleanup == "phase" and self.device_of(component).type == "cuda"
+
+
+def compute_device(component: str, profile: Profile) -> torch.device:
+    """Return the device that the profile lets a component compute on."""
+    return torch.device(profile.devices[component_kind(component)])
+
+
+def resting_device(component: str, profile: Profile) -> torch.device:
+    """Return the device that a component is loaded to: where it waits between its phases."""
+    device = compute_device(component, profile)
+    return device if profile.cleanup == "none" else torch.device("cpu")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.data for name, tensor in named}
+
+
+def _copies(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def _point_to(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        tensor.data = tensors[name]
+
+
+def _visit_layer_by_layer(module: nn.Module, device: torch.device) -> None:
+    """Let each layer's weights come to the device for its own forward pass only."""
+    for layer in module.modules():
+        own = {name: p.data for name, p in layer.named_parameters(recurse=False)}
+        if not own:
+            continue
+
+        def bring(layer: nn.Module, _: object, own: dict[str, Tensor] = own) -> None:
+            for name, parameter in layer.named_parameters(recurse=False):
+                parameter.data = own[name].to(device, non_blocking=True)
+
+        def leave(layer: nn.Module, _: object, __: object, own: dict[str, Tensor] = own) -> None:
+            for name, parameter in layer.named_parameters(recurse=False):
+                parameter.data = own[name]
+
+        layer.register_forward_pre_hook(bring)
+        layer.register_forward_hook(leave)

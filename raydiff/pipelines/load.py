@@ -1,0 +1,157 @@
+"""Load a checkpoint into a resident pipeline: profile first, then each component straight to the
+device where it rests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydiff.config import DTypeName, MemoryConfig, ModelConfig, ProfileName
+from raydiff.diffusion.schedule import ScheduleConfig
+from raydiff.errors import ConfigError
+from raydiff.memory.gpus import GpuInfo, visible_gpus
+from raydiff.memory.profiles import Profile, resolve_profile
+from raydiff.memory.residency import compute_device, resting_device
+from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
+from raydiff.models.unet import UNet, UNetConfig
+from raydiff.pipelines.base import Pipeline
+from raydiff.pipelines.sdxl import SDXLPipeline
+from raydiff.pipelines.stable_diffusion import Components, StableDiffusionPipeline
+from raydiff.request import ModelInfo
+from raydiff.tokenizer import CLIPTokenizer
+from raydiff.weights.checkpoint import Checkpoint, open_checkpoint
+from raydiff.weights.load import load_weights
+from raydiff.weights.resolve import resolve_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+FAMILIES: dict[str, type[StableDiffusionPipeline]] = {
+    "sd21": StableDiffusionPipeline,
+    "sdxl": SDXLPipeline,
+}
+
+
+def load_pipeline(
+    model: str | ModelInfo,
+    *,
+    profile: ProfileName | str = "auto",
+    device: str | None = None,
+    dtype: DTypeName = "auto",
+    config: ModelConfig | None = None,
+    memory: MemoryConfig | None = None,
+) -> Pipeline:
+    """Load a model and keep it resident.
+
+    model: alias, Hub id, local folder or single .safetensors file, or what resolve_model returned.
+    profile: a memory profile, or auto. device: `cpu` or `cuda`, None takes a GPU if there is one.
+    dtype: auto is float32 on CPU and bfloat16 on CUDA. `config` and `memory` carry the other
+    choices of a run; the arguments above lie over them.
+    Raises ModelError for a checkpoint that cannot be used, ConfigError for choices that clash.
+    """
+    config = _with(config or ModelConfig(), dtype=dtype)
+    memory = _with(memory or MemoryConfig(), profile=profile)
+    if isinstance(model, str):
+        model = resolve_model(
+            model, revision=config.revision, variant=config.variant, dtype=config.dtype
+        )
+    gpu = _gpu(device)
+    compute_dtype = _compute_dtype(config.dtype, memory, gpu)
+    component_bytes = {
+        name: count * compute_dtype.itemsize for name, count in model.num_parameters.items()
+    }
+    policy = resolve_profile(memory, model.family, component_bytes, gpu)
+    return _build(model, policy, config, compute_dtype)
+
+
+def _with(section: Any, **values: Any) -> Any:
+    """Lay the arguments that were given over a config section."""
+    given = {key: value for key, value in values.items() if value != "auto"}
+    return type(section).model_validate({**section.model_dump(), **given})
+
+
+def _gpu(device: str | None) -> GpuInfo | None:
+    """Return the GPU to load onto, made torch's current one, or None where the CPU is to be used.
+
+    It is found by UUID: CUDA may number GPUs by speed, NVML numbers them by PCI slot.
+    """
+    if device == "cpu" or (device is None and not torch.cuda.is_available()):
+        return None
+    index = torch.device(device or "cuda").index or 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs. "
+            "Run `raydiff doctor`."
+        )
+    torch.cuda.set_device(index)
+    uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    return next(gpu for gpu in visible_gpus() if gpu.uuid == uuid)
+
+
+def _compute_dtype(name: DTypeName, memory: MemoryConfig, gpu: GpuInfo | None) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    is_on_gpu = gpu is not None and memory.profile != "cpu_only"
+    return torch.bfloat16 if is_on_gpu else torch.float32
+
+
+def _vae_dtype(name: DTypeName, dtype: torch.dtype) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _build(
+    info: ModelInfo, profile: Profile, config: ModelConfig, dtype: torch.dtype
+) -> StableDiffusionPipeline:
+    checkpoint = open_checkpoint(Path(info.path))
+    vae_dtype = _vae_dtype(config.vae_dtype, dtype)
+
+    def load(component: str, build: Callable[[], nn.Module], dtype: torch.dtype) -> Any:
+        with torch.device("meta"):
+            module = build()
+        device = resting_device(component, profile)
+        module = load_weights(module, checkpoint, component, device=device, dtype=dtype)
+        on_gpu = compute_device(component, profile).type == "cuda"
+        if isinstance(module, CLIPTextEncoder):
+            module.prepare_for_inference()
+        else:
+            module.prepare_for_inference(channels_last=on_gpu)
+        return module
+
+    encoders = [name for name in checkpoint.components if name.startswith("text_encoder")]
+    text_encoders = {
+        name: load(name, lambda name=name: _text_encoder(checkpoint, name), dtype)
+        for name in sorted(encoders)
+    }
+    components = Components(
+        unet=load("unet", lambda: UNet(UNetConfig.from_dict(checkpoint.config("unet"))), dtype),
+        vae=load("vae", lambda: _vae(checkpoint), vae_dtype),
+        text_encoders=text_encoders,
+        tokenizers={
+            name: CLIPTokenizer.from_folder(checkpoint.tokenizer_folder(name))
+            for name in text_encoders
+        },
+        schedule=ScheduleConfig.from_dict(checkpoint.config("scheduler")),
+        has_zero_negative=bool(
+            checkpoint.config("model_index").get("force_zeros_for_empty_prompt", False)
+        ),
+    )
+    return FAMILIES[info.family](
+        info=info,
+        profile=profile,
+        components=components,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        is_compiled=config.compile,
+    )
+
+
+def _text_encoder(checkpoint: Checkpoint, name: str) -> CLIPTextEncoder:
+    return CLIPTextEncoder(CLIPTextConfig.from_dict(checkpoint.config(name)))
+
+
+def _vae(checkpoint: Checkpoint) -> AutoencoderKL:
+    return AutoencoderKL(AutoencoderKLConfig.from_dict(checkpoint.config("vae")))

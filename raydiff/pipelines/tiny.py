@@ -1,0 +1,207 @@
+"""Tiny random-weight pipelines in Hugging Face layout, for demos and tests without a download.
+
+Their images are noise; everything else (files, names, code path) is as in the real checkpoint.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from raydiff.errors import OutputError
+from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
+from raydiff.models.unet import UNet, UNetConfig
+from raydiff.tokenizer import write_tiny_tokenizer
+
+TinyFamily = Literal["sd21", "sdxl"]
+TINY_FAMILIES: tuple[TinyFamily, ...] = ("sd21", "sdxl")
+
+_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [8, 8, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
+
+_UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "norm_eps": 1e-5,
+    "sample_size": 8,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "use_linear_projection": True,
+    "cross_attention_dim": 32,
+    "attention_head_dim": [2, 4],
+    "block_out_channels": [16, 32],
+}
+
+_CLIP: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 77,
+    "layer_norm_eps": 1e-5,
+    "model_type": "clip_text_model",
+}
+
+_SD21_SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+_SDXL_SCHEDULER: dict[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+}
+
+
+def make_tiny(family: TinyFamily, folder: str | Path, seed: int = 0) -> Path:
+    """Write a tiny `family` pipeline with random weights (about 1 MB) into an empty folder.
+
+    The same family and seed give the same files. Raises OutputError when the folder holds
+    something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is not empty; name a new folder for the tiny pipeline")
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    encoders = {"text_encoder": _CLIP | {"architectures": ["CLIPTextModel"]}}
+    if family == "sdxl":
+        encoders["text_encoder_2"] = _CLIP | {
+            "architectures": ["CLIPTextModelWithProjection"],
+            "projection_dim": 32,
+        }
+    for name, config in encoders.items():
+        pad_token = "<|endoftext|>" if (family, name) == ("sdxl", "text_encoder") else "!"
+        tokenizer = folder / name.replace("text_encoder", "tokenizer")
+        vocab_size = write_tiny_tokenizer(tokenizer, pad_token)
+        hidden_act = "quick_gelu" if (family, name) == ("sdxl", "text_encoder") else "gelu"
+        config |= {
+            "vocab_size": vocab_size,
+            "hidden_act": hidden_act,
+            "bos_token_id": vocab_size - 2,
+            "eos_token_id": vocab_size - 1,
+        }
+        encoder = CLIPTextEncoder(CLIPTextConfig.from_dict(config))
+        _write_component(folder / name, config, encoder, "model", generator)
+    unet = _unet_config(family)
+    _write_component(
+        folder / "unet",
+        unet,
+        UNet(UNetConfig.from_dict(unet)),
+        "diffusion_pytorch_model",
+        generator,
+    )
+    vae = _VAE | {"scaling_factor": 0.13025 if family == "sdxl" else 0.18215}
+    _write_component(
+        folder / "vae",
+        vae,
+        AutoencoderKL(AutoencoderKLConfig.from_dict(vae)),
+        "diffusion_pytorch_model",
+        generator,
+    )
+    scheduler = _SDXL_SCHEDULER if family == "sdxl" else _SD21_SCHEDULER
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(folder / "model_index.json", _model_index(family, scheduler))
+    return folder
+
+
+def _unet_config(family: TinyFamily) -> dict[str, Any]:
+    if family == "sd21":
+        return _UNET | {
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        }
+    return _UNET | {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2],
+        "cross_attention_dim": 64,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    }
+
+
+def _model_index(family: TinyFamily, scheduler: dict[str, Any]) -> dict[str, Any]:
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline"
+        if family == "sdxl"
+        else "StableDiffusionPipeline",
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if family == "sdxl":
+        return index | {
+            "force_zeros_for_empty_prompt": True,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    return index | {
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+    }
+
+
+def _write_component(
+    folder: Path, config: dict[str, Any], module: nn.Module, stem: str, generator: torch.Generator
+) -> None:
+    _write_json(folder / "config.json", config)
+    tensors = {
+        name: _random_weight(name, tensor, generator)
+        for name, tensor in module.state_dict().items()
+    }
+    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+
+
+def _random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Keep activations near unit size: weights by fan-in, norms about one, biases small."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if tensor.ndim > 1:
+        return noise / tensor[0].numel() ** 0.5
+    return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
