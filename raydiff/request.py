@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 Task = Literal["txt2img", "img2img", "txt2vid", "img2vid"]
@@ -133,11 +133,18 @@ def with_request_id(request: RenderRequest) -> RenderRequest:
     The name and path under which a model or init image was found are left out where a content
     hash stands for them, so that the same job in another folder has the same identities.
     """
-    fields = asdict(request)
-    del fields["request_id"], fields["init_image"]
+    values = {name: getattr(request, name) for name in _REQUEST_FIELDS}
+    identity = {**values, "recipe": RECIPE_VERSION}
+    del identity["request_id"], identity["init_image"]
     if request.model_revision.startswith("local-"):
-        del fields["model"]
-    fields["recipe"] = RECIPE_VERSION
-    canonical = json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    digest = hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-    return RenderRequest(**{**asdict(request), "request_id": digest})
+        del identity["model"]
+    for name in ("guidance_scale", "guidance_rescale", "strength"):
+        if identity[name] is not None:
+            identity[name] = float(identity[name]) + 0.0  # 7 is 7.0, and -0.0 is 0.0
+    digest = hashlib.blake2b(_CANONICAL_JSON.encode(identity).encode(), digest_size=16)
+    return RenderRequest(**{**values, "request_id": digest.hexdigest()})
+
+
+# Made once: a manifest of a million rows asks for a million identities.
+_REQUEST_FIELDS = tuple(field.name for field in fields(RenderRequest))
+_CANONICAL_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))

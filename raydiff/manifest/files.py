@@ -1,0 +1,106 @@
+"""Find the files that a manifest's path, folder, glob or URI means, on any storage."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from raydiff.errors import ManifestError
+
+PARQUET_SUFFIXES = (".parquet", ".pq")
+
+
+def find_files(uri: str) -> tuple[Any, str, list[str]]:
+    """Return the filesystem, the folder that names start from, and the sorted files of `uri`.
+
+    Raises ManifestError if there is no file, OSError if the storage cannot be asked.
+    """
+    stem, pattern = _split_glob(uri)
+    filesystem, path = _open_filesystem(stem)
+    info = filesystem.get_file_info(path)
+    if pattern:
+        matches = re.compile(_glob_regex(pattern)).fullmatch
+        recursive = "/" in pattern
+        paths = [p for p in _list(filesystem, path, recursive) if matches(relative_name(p, path))]
+        if not paths:
+            raise ManifestError(f"manifest {uri} matches no file. Check the pattern.")
+        return filesystem, path, paths
+    if info.type == pafs.FileType.Directory:
+        files = _list(filesystem, path, recursive=True)
+        paths = [p for p in files if p.endswith(PARQUET_SUFFIXES)]
+        if not paths:
+            found = f"it has {len(files)} other files, e.g. {files[0]}" if files else "it is empty"
+            raise ManifestError(
+                f"manifest {uri} is a folder without .parquet files: {found}. "
+                "Name a Parquet file, a folder of them or a glob."
+            )
+        return filesystem, path, paths
+    if info.type == pafs.FileType.NotFound:
+        raise ManifestError(f"manifest {uri} does not exist ({path}). Check the path.")
+    return filesystem, path.rpartition("/")[0] or "/", [path]
+
+
+def _split_glob(uri: str) -> tuple[str, str]:
+    """Split a glob into its plain folder and its pattern; the pattern is "" where there is none.
+
+    In a URI `?` begins the options (`?region=eu-west-1`), so only `*` and `[` make a glob there.
+    """
+    scheme, is_uri, rest = uri.rpartition("://")
+    if not is_uri and Path(uri).exists():
+        return uri, ""
+    body, mark, options = rest.partition("?") if is_uri else (rest, "", "")
+    special = re.search(r"[*\[]" if is_uri else r"[*?\[]", body)
+    if not special:
+        return uri, ""
+    cut = body.rfind("/", 0, special.start()) + 1
+    folder = body[:cut].rstrip("/") or ("/" if cut else "" if is_uri else ".")
+    return scheme + is_uri + folder + mark + options, body[cut:]
+
+
+def _glob_regex(pattern: str) -> str:
+    """Translate a glob: `*` and `?` stay within a folder, `**/` is any number of folders."""
+    tokens = {"**/": "(?:.+/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)
+    return "".join(
+        tokens.get(part) or (part.replace("[!", "[^") if part[:1] == "[" else re.escape(part))
+        for part in parts
+    )
+
+
+def _open_filesystem(uri: str) -> tuple[Any, str]:
+    """Return the filesystem of a path or URI, and the path in it."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    except pa.ArrowInvalid as error:
+        try:
+            import fsspec
+        except ImportError:
+            raise ManifestError(
+                f"manifest {uri}: {error}. `pip install fsspec` opens more kinds of storage."
+            ) from None
+        try:
+            inner, path = fsspec.core.url_to_fs(uri)
+        except (ImportError, ValueError) as problem:
+            raise ManifestError(f"manifest {uri} cannot be opened: {problem}") from None
+        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
+    return filesystem, path
+
+
+def _list(filesystem: Any, folder: str, recursive: bool) -> list[str]:
+    """List the files below a folder by name, less hidden ones and writers' own (_SUCCESS)."""
+    selector = pafs.FileSelector(folder, recursive=recursive, allow_not_found=True)
+    return sorted(
+        info.path
+        for info in filesystem.get_file_info(selector)
+        if info.type == pafs.FileType.File
+        and not any(part[0] in "._" for part in relative_name(info.path, folder).split("/"))
+    )
+
+
+def relative_name(path: str, folder: str) -> str:
+    """Return the path below its folder, `/` separated."""
+    return path.removeprefix(folder).lstrip("/")

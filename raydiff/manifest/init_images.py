@@ -1,0 +1,71 @@
+"""Init images: found inside the input root, opened once to see that they decode, and hashed."""
+
+import hashlib
+import re
+import stat
+import struct
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+from raydiff.errors import RowError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+REMEMBERED_IMAGES = 16384
+
+
+def find_init_image(text: str, root: Path | None) -> tuple[str, str]:
+    """Return the absolute path of the image `text` names, relative to `root`, and its SHA-256.
+
+    Raises RowError if it lies outside `root` (links followed), is missing, too large or damaged.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(//|.*,)", text):
+        raise RowError(
+            f'init_image is the URL "{text[:80]}"; URLs are not fetched. '
+            "Download it and give the file's path."
+        )
+    if root is None:
+        raise RowError(
+            f'init_image is "{text}" and the manifest is not in a local folder. '
+            "Say which folder it lies in: --set input.root=FOLDER."
+        )
+    try:
+        root = root.resolve(strict=True)
+        path = (root / text).resolve(strict=True)
+        status = path.stat()
+    except (OSError, ValueError, RuntimeError) as error:  # NUL in a name, a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise RowError(f'init_image "{text}" in {root}: {reason}. Check the path.') from None
+    if not path.is_relative_to(root):
+        raise RowError(
+            f'init_image "{text}" is {path}, outside the input root {root}. '
+            "Move it there or choose a wider root: --set input.root=FOLDER."
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise RowError(f'init_image "{text}" is not a file. Name a PNG, JPEG or WebP file.')
+    return str(path), _checked_sha256(str(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=REMEMBERED_IMAGES)
+def _checked_sha256(path: str, size_bytes: int, mtime_ns: int) -> str:
+    """Decode the image and hash its file; size and time are there as keys of the cache."""
+    from PIL import Image  # a plain manifest needs no Pillow
+
+    try:
+        with Path(path).open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                image.load()
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RowError(
+            f"init_image {path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels. Scale it down."
+        ) from None
+    except PermissionError as error:
+        raise RowError(f"init_image {path}: {error.strerror}. Make it readable.") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise RowError(
+            f"init_image {path} is not an intact PNG, JPEG or WebP image: {error}. Replace it."
+        ) from None
