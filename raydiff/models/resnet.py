@@ -1,0 +1,71 @@
+"""The UNet's convolutional parts: residual block, downsampling, upsampling."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raydiff.models.group_norm import GroupNorm
+from raydiff.models.tokens import PointwiseConv, to_image, to_tokens
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised convolutions with the time embedding between them, and a residual."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, time_dim: int, *, num_groups: int, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(num_groups, in_channels, eps=eps, silu=True)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.norm2 = GroupNorm(num_groups, out_channels, eps=eps, silu=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        has_shortcut = in_channels != out_channels
+        self.conv_shortcut = PointwiseConv(in_channels, out_channels) if has_shortcut else None
+
+    def forward(self, x: Tensor, time_activation: Tensor) -> Tensor:
+        """x (B, in, H, W), time_activation = silu(time embedding) (B, T) -> (B, out, H, W)."""
+        hidden = self.conv1(self.norm1(x))
+        hidden = self.norm2(hidden, shift=self.time_emb_proj(time_activation))
+        hidden = self.conv2(hidden)
+        if self.conv_shortcut is not None:
+            x = to_image(self.conv_shortcut(to_tokens(x)), x.shape[-2:])
+        return hidden + x
+
+    @torch.no_grad()
+    def fold_biases(self) -> None:
+        """Move both convolutions' biases into linear layers that are added to the same sums.
+
+        A convolution's bias is a pass of its own over the map in eager torch; a GEMM's is free.
+        """
+        if self.conv1.bias is not None:
+            self.time_emb_proj.bias.add_(self.conv1.bias)
+            self.conv1.bias = None
+        shortcut_bias = None if self.conv_shortcut is None else self.conv_shortcut.bias
+        if shortcut_bias is not None and self.conv2.bias is not None:
+            shortcut_bias.add_(self.conv2.bias)
+            self.conv2.bias = None
+
+
+class Downsample(nn.Module):
+    """Halve height and width (rounding up) with a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Enlarge to a given size with nearest neighbours, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """(B, C, H, W) -> (B, C, *size); `size` is the next skip's, which may be odd."""
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
