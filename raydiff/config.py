@@ -2,7 +2,7 @@
 `--set section.key=value` overrides. Sections: model, defaults, input, engine, memory, output."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -39,14 +39,14 @@ class DefaultsConfig(_Section):
 
     negative_prompt: str | None = None
     num_images: int = Field(1, ge=1, le=4096)
-    height: int | None = Field(None, ge=1)
-    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=16, le=16384)
+    width: int | None = Field(None, ge=16, le=16384)
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
-    guidance_scale: float | None = None
+    guidance_scale: float | None = Field(None, ge=0.0, le=100.0)
     guidance_rescale: float = Field(0.0, ge=0.0, le=1.0)
     sampler: str | None = None
     strength: float | None = Field(None, ge=0.0, le=1.0)
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
 
 
 class InputConfig(_Section):
@@ -59,9 +59,9 @@ class InputConfig(_Section):
 class EngineConfig(_Section):
     """Workers, batches and patience."""
 
-    workers: int | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """auto is one per GPU, or one CPU worker where there is none."""
-    batch_size: int | Literal["auto"] = "auto"
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Largest batch; auto asks each worker's memory profile."""
     batches_in_flight: int = Field(2, ge=1, le=16)
     """Batches queued on each worker, the running one included."""
@@ -138,54 +138,76 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {text}: expected section.key=value, e.g. model.dtype=float32")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), yaml.load(value, _PlainLoader)
     except yaml.YAMLError:
         return key.strip(), value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except OSError as error:
         raise ConfigError(f"job file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"job file {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"job file {path}: expected keys and values such as `manifest: x.parquet`")
-    return values
+        raise ConfigError(f"job file {path}: expected keys and values, e.g. `manifest: x.parquet`")
+    # A section whose lines are all commented out reads as null: it is as good as absent.
+    return {key: value for key, value in values.items() if value is not None}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without dates: `out: 2026-01-31` names a folder."""
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
     for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
             raise ConfigError(f"{dotted}: {section} is a value, not a section")
-        values = inner
     values[key] = value
 
 
 def _explain(error: ValidationError, job_file: str | Path | None) -> str:
-    """Say every wrong key in one line each."""
-    lines = []
+    """Say every wrong key in one line each; the alternatives of a key are joined by "or"."""
+    rules: dict[str, list[str]] = {}
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
-        key = ".".join(path)
+        sections, known = _known_part(path)
         if problem["type"] == "extra_forbidden":
-            known = _fields_at(path[:-1])
             hint = nearest(path[-1], known)
-            lines.append(f"{key}: unknown key; {hint}known: {', '.join(known)}")
+            key, rule = ".".join(path), f"unknown key; {hint}known: {', '.join(known)}"
+        elif problem["type"] == "model_type":
+            key = ".".join(path)
+            rule = f"{problem['input']!r}: this is a section; set its keys: {', '.join(known)}"
         else:
-            lines.append(f"{key}: {problem['input']!r}: {problem['msg']}")
+            key, rule = ".".join(sections), f"{problem['input']!r}: {problem['msg']}"
+        alternatives = rules.setdefault(key, [])
+        alternatives.append(problem["msg"] if alternatives else rule)
     where = f"job file {job_file}: " if job_file is not None else ""
-    return where + "\n".join(dict.fromkeys(lines))
+    return where + "\n".join(f"{key}: {' or '.join(said)}" for key, said in rules.items())
 
 
-def _fields_at(path: list[str]) -> list[str]:
-    model: type[BaseModel] = RunConfig
-    for part in path:
-        inner = model.model_fields[part].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return sorted(model.model_fields)
+def _known_part(path: list[str]) -> tuple[list[str], list[str]]:
+    """Return the keys of a path down to the value, and the known keys of its section.
+
+    pydantic appends the alternative that failed (`engine.workers.literal['auto']`).
+    """
+    section: type[BaseModel] = RunConfig
+    for depth, part in enumerate(path, start=1):
+        field = section.model_fields.get(part)
+        if field is None:
+            break
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return path[:depth], sorted(section.model_fields)
+        section = field.annotation
+    return path, sorted(section.model_fields)
