@@ -1,0 +1,175 @@
+"""Which requests share forward passes: those of one model and size, in an order that depends on
+nothing but the requests. Pure: no clock, no randomness, memory bounded by the lookahead."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from raydiff.request import RenderBatch, RenderRequest
+
+PATIENCE = 4
+"""A request that this many lookaheads of later ones have passed goes next, however few join it."""
+
+
+class BatchKey(NamedTuple):
+    """What the requests of a batch must have in common; all else may differ from row to row."""
+
+    model: str
+    height: int
+    width: int
+
+
+class Batcher:
+    """A window of pending requests from which batches are taken.
+
+    Full batches go first, that of the longest waiting request before the others. A partial one
+    goes only where nothing better can come: the input has ended (`flush`), or the window is full
+    of sizes that do not fill a batch; then the largest goes, before long the oldest.
+
+    A batch holds its key's oldest request and those nearest to it in num_inference_steps: rows
+    leave the UNet when their steps are done, so equal counts keep a batch full to its end.
+    """
+
+    def __init__(self, lookahead: int) -> None:
+        self._lookahead = lookahead
+        self._buckets: dict[BatchKey, _Bucket] = {}
+        self._num_pending = 0
+        self._next_arrival = 0
+        self._next_front = -1
+        self._next_batch_id = 0
+
+    def __len__(self) -> int:
+        return self._num_pending
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether fewer requests than the lookahead are pending."""
+        return self._num_pending < self._lookahead
+
+    def add(self, request: RenderRequest) -> None:
+        """Let a request wait behind those of its key and step count."""
+        self._insert(self._next_arrival, request)
+        self._next_arrival += 1
+
+    def put_back(self, requests: Iterable[RenderRequest]) -> None:
+        """Let requests wait in their order before all others: they were taken and not rendered."""
+        for request in reversed(list(requests)):
+            self._insert(self._next_front, request)
+            self._next_front -= 1
+
+    def take(
+        self,
+        max_batch_size: int | Callable[[BatchKey], int],
+        *,
+        prefer_model: str | None = None,
+        flush: bool = False,
+    ) -> RenderBatch | None:
+        """Take the next batch, or None while waiting for more rows may fill one.
+
+        `prefer_model` is what the asking worker has loaded: its batches go first. Others starve
+        no longer than the window takes to fill with them.
+        """
+        if not self._buckets:
+            return None
+        sizes = {
+            key: max_batch_size if isinstance(max_batch_size, int) else max_batch_size(key)
+            for key in self._buckets
+        }
+        if min(sizes.values()) < 1:
+            raise ValueError(f"max_batch_size must be at least 1, not {min(sizes.values())}")
+        full = [key for key, bucket in self._buckets.items() if len(bucket) >= sizes[key]]
+        if full:
+            key = self._oldest(_of_model(full, prefer_model))
+        elif flush:
+            key = self._oldest(_of_model(list(self._buckets), prefer_model))
+        elif not self.wants_more:
+            key = self._fullest(_of_model(list(self._buckets), prefer_model))
+        else:
+            return None
+        return self._pop(key, sizes[key])
+
+    def _insert(self, arrival: int, request: RenderRequest) -> None:
+        key = BatchKey(request.model, request.height, request.width)
+        bucket = self._buckets.setdefault(key, _Bucket())
+        bucket.insert(arrival, request)
+        self._num_pending += 1
+
+    def _oldest(self, keys: list[BatchKey]) -> BatchKey:
+        return min(keys, key=lambda key: self._buckets[key].first_arrival)
+
+    def _fullest(self, keys: list[BatchKey]) -> BatchKey:
+        oldest = self._oldest(list(self._buckets))
+        age = self._next_arrival - self._buckets[oldest].first_arrival
+        if age > PATIENCE * self._lookahead:
+            return oldest
+        return max(keys, key=lambda k: (len(self._buckets[k]), -self._buckets[k].first_arrival))
+
+    def _pop(self, key: BatchKey, size: int) -> RenderBatch:
+        bucket = self._buckets[key]
+        requests = tuple(bucket.pop(size))
+        if not len(bucket):
+            del self._buckets[key]
+        self._num_pending -= len(requests)
+        batch_id = self._next_batch_id
+        self._next_batch_id += 1
+        return RenderBatch(
+            batch_id=batch_id,
+            model=key.model,
+            height=key.height,
+            width=key.width,
+            requests=requests,
+        )
+
+
+class _Bucket:
+    """Pending requests of one key: a queue in order of arrival for each step count."""
+
+    def __init__(self) -> None:
+        self._queues: dict[int, deque[tuple[int, RenderRequest]]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def first_arrival(self) -> int:
+        return min(queue[0][0] for queue in self._queues.values())
+
+    def insert(self, arrival: int, request: RenderRequest) -> None:
+        queue = self._queues.setdefault(request.num_inference_steps, deque())
+        if arrival < 0:
+            queue.appendleft((arrival, request))
+        else:
+            queue.append((arrival, request))
+        self._size += 1
+
+    def pop(self, size: int) -> Iterator[RenderRequest]:
+        """Yield the oldest request and its nearest in steps, `size` at most, as they arrived."""
+        anchor = min(self._queues, key=lambda steps: self._queues[steps][0][0])
+        taken: list[tuple[int, RenderRequest]] = []
+        for steps in sorted(self._queues, key=lambda steps: (abs(steps - anchor), steps)):
+            queue = self._queues[steps]
+            while queue and len(taken) < size:
+                taken.append(queue.popleft())
+            if not queue:
+                del self._queues[steps]
+            if len(taken) == size:
+                break
+        self._size -= len(taken)
+        return (request for _, request in sorted(taken, key=lambda entry: entry[0]))
+
+
+def _of_model(keys: list[BatchKey], model: str | None) -> list[BatchKey]:
+    """Return the keys of the model, or all where it has none."""
+    return [key for key in keys if key.model == model] or keys
+
+
+def padded_size(num_rows: int) -> int:
+    """Return the batch size that `num_rows` are padded to: 1, 2, 4, 8, 16, ...
+
+    Few sizes per shape let compiled graphs be reused, and a row meets the same kernels whatever
+    its neighbours.
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows must be at least 1, not {num_rows}")
+    return 1 << (num_rows - 1).bit_length()
