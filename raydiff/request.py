@@ -127,6 +127,11 @@ class RenderResult:
     """Unix time, seconds."""
 
 
+def num_denoise_steps(num_inference_steps: int, strength: float) -> int:
+    """Return how many of the steps img2img runs at this strength; 0 is too few to render."""
+    return min(int(num_inference_steps * strength), num_inference_steps)
+
+
 def with_request_id(request: RenderRequest) -> RenderRequest:
     """Return the request with its `request_id` set from everything that affects its pixels.
 
