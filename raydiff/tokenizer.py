@@ -1,0 +1,337 @@
+"""CLIP's byte-level BPE: prompts to token ids, equal to transformers' CLIPTokenizer (5.23).
+
+Like it, this takes the vocabulary, merges and special tokens from a checkpoint's files; the
+normaliser and the split into words are CLIP's, whatever a tokenizer.json says.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from tokenizers.models import BPE
+
+from raydiff.errors import ModelError
+
+MAX_LENGTH = 77
+"""Positions that CLIP was trained with, bos and eos included."""
+
+BOS_TOKEN = "<|startoftext|>"
+EOS_TOKEN = "<|endoftext|>"
+WORD_END = "</w>"
+
+WORD = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+"""What BPE does not merge across, from OpenAI's CLIP."""
+
+NAMED_TOKENS = {
+    "bos_token": BOS_TOKEN,
+    "eos_token": EOS_TOKEN,
+    "unk_token": EOS_TOKEN,
+    "pad_token": EOS_TOKEN,
+}
+"""With the defaults, in the order in which transformers adds them to the vocabulary."""
+
+TINY_WORDS = ("the", "of", "and", "with", "on", "photo", "painting", "cat", "dog", "red", "blue")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Prompts as a text encoder takes them."""
+
+    input_ids: NDArray[np.int64]
+    """(B, 77): bos, the prompt, eos, padding."""
+    is_truncated: tuple[bool, ...]
+    """Per prompt: it was longer, and its end was cut off."""
+
+
+class CLIPTokenizer:
+    """Token ids for one text encoder; the encoders of one model differ in their pad token."""
+
+    def __init__(self, backend: Tokenizer, *, pad_token: str, max_length: int = MAX_LENGTH) -> None:
+        self._backend = backend
+        vocab = backend.get_vocab()
+        self.pad_token_id = vocab[pad_token]
+        self.max_length = max_length
+        self.vocab_size = 1 + max(vocab.values())
+        """Added tokens included: the encoder must have as many embeddings."""
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Read tokenizer.json, or vocab.json + merges.txt, and the special tokens beside it.
+
+        Raises ModelError naming the file that is missing or corrupt.
+        """
+        folder = Path(folder)
+        vocab, merges = _read_vocabulary(folder)
+        config = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig)
+        named, added = _read_special_tokens(folder, config)
+        for name, token in named.items():
+            if token.content not in vocab and token.content not in added:
+                raise ModelError(
+                    f"tokenizer {folder}: {name} {token.content!r} is not in the vocabulary"
+                )
+        return cls(
+            _build(vocab, merges, named, added),
+            pad_token=named["pad_token"].content,
+            max_length=int(min(config.model_max_length, MAX_LENGTH)),
+        )
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Tokenize prompts; one that is too long keeps its first tokens, and eos as the last."""
+        input_ids = np.full((len(texts), self.max_length), self.pad_token_id, dtype=np.int64)
+        is_truncated = []
+        for row, text in enumerate(texts):
+            ids = self._backend.encode(text).ids
+            is_truncated.append(len(ids) > self.max_length)
+            if is_truncated[row]:
+                ids = [*ids[: self.max_length - 1], ids[-1]]
+            input_ids[row, : len(ids)] = ids
+        return Tokens(input_ids=input_ids, is_truncated=tuple(is_truncated))
+
+
+def write_tiny_tokenizer(folder: str | Path, pad_token: str) -> int:
+    """Write a real CLIP tokenizer with a small vocabulary, and return the vocabulary's size.
+
+    Laid out as CLIP's own: 256 byte symbols ("!" is 0), the same at the end of a word, merges, and
+    last bos and eos. `pad_token` is one of these.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = list(dict.fromkeys(merge for word in TINY_WORDS for merge in _spell(word)))
+    tokens = [*symbols, *(symbol + WORD_END for symbol in symbols)]
+    tokens += [*(left + right for left, right in merges), BOS_TOKEN, EOS_TOKEN]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    names = {name: {"content": content, **flags} for name, content in NAMED_TOKENS.items()}
+    special_tokens_map = {**names, "pad_token": pad_token}
+    config = {
+        **special_tokens_map,
+        "model_max_length": MAX_LENGTH,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    _write_json(folder / "vocab.json", vocab)
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write_json(folder / "special_tokens_map.json", special_tokens_map)
+    _write_json(folder / "tokenizer_config.json", config)
+    named = _first_named(_NamedTokens.model_validate(special_tokens_map))
+    _build(vocab, merges, named, {}).save(str(folder / "tokenizer.json"))
+    return len(vocab)
+
+
+def _spell(word: str) -> Iterable[tuple[str, str]]:
+    """Yield the merges that put a word together from left to right."""
+    left, *rest = [*word[:-1], word[-1] + WORD_END]
+    for right in rest:
+        yield left, right
+        left += right
+
+
+def _build(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    named: Mapping[str, AddedToken],
+    added: Mapping[str, AddedToken],
+) -> Tokenizer:
+    backend = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=WORD_END,
+            unk_token=named["unk_token"].content,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    # These are found in prompts too: where "!" is the pad token, every "!" typed becomes one.
+    backend.add_tokens([*added.values(), *(t for t in named.values() if t.content not in added)])
+    ids = backend.get_vocab()
+    bos, eos = named["bos_token"].content, named["eos_token"].content
+    backend.post_processor = processors.RobertaProcessing(
+        (eos, ids[eos]), (bos, ids[bos]), trim_offsets=False, add_prefix_space=False
+    )
+    return backend
+
+
+def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Read ids by token, and merges in order of rank."""
+    if (folder / "tokenizer.json").exists():
+        merges_file = folder / "tokenizer.json"
+        model = _read(merges_file, _TokenizerJson).model
+        return model.vocab, _parse_merges(model.merges, model.vocab, merges_file)
+    if not (folder / "vocab.json").exists():
+        raise ModelError(
+            f"tokenizer {folder}: neither tokenizer.json nor vocab.json is there; "
+            "expected the tokenizer folder of a diffusers pipeline"
+        )
+    merges_file = folder / "merges.txt"
+    vocab = _read(folder / "vocab.json", _Vocabulary)
+    lines = _read_text(merges_file).split("\n")
+    lines = [line for line in lines if line and not line.startswith("#version")]
+    return vocab, _parse_merges(lines, vocab, merges_file)
+
+
+def _parse_merges(
+    lines: Sequence[str | tuple[str, str]], vocab: Mapping[str, int], path: Path
+) -> list[tuple[str, str]]:
+    merges = []
+    for rank, line in enumerate(lines, start=1):
+        parts = line.split(" ") if isinstance(line, str) else line
+        if len(parts) != 2 or not vocab.keys() >= {*parts, "".join(parts)}:
+            raise ModelError(
+                f"{path}: merge {rank} is {line!r}; expected two tokens of the vocabulary that "
+                "join to a third"
+            )
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _read_special_tokens(
+    folder: Path, config: "_TokenizerConfig"
+) -> tuple[dict[str, AddedToken], dict[str, AddedToken]]:
+    """Read the named tokens by name, and all that are listed as added, by content, lowest id first.
+
+    A tokenizer_config.json with `added_tokens_decoder` is complete, and older files beside it are
+    leftovers. Without, special_tokens_map.json has the last word.
+    """
+    if config.added_tokens_decoder is not None:
+        named, listed = _first_named(config), config.added_tokens_decoder
+    else:
+        special_tokens_map = _read_optional(folder / "special_tokens_map.json", _NamedTokens)
+        named = _first_named(special_tokens_map, config)
+        contents = {token.content for token in named.values()}
+        extra = _read_optional(folder / "added_tokens.json", _Vocabulary)
+        listed = {
+            id_: _Token(content=text, special=text in contents) for text, id_ in extra.items()
+        }
+        serialized = _read_optional(folder / "tokenizer.json", _AddedTokens)
+        listed |= {token.id: token for token in serialized.added_tokens}
+    added = [token for _, token in sorted(listed.items())]
+    return named, {token.content: token.to_added(is_special=token.special) for token in added}
+
+
+def _first_named(*sources: "_NamedTokens") -> dict[str, AddedToken]:
+    """Take each named token from the first source that has it."""
+    tokens = {}
+    for name, default in NAMED_TOKENS.items():
+        given = (getattr(source, name) for source in sources)
+        token: _Token = next(filter(None, given), _Token(content=default))
+        tokens[name] = token.to_added(is_special=True)
+    return tokens
+
+
+class _Token(BaseModel):
+    """One special token: its text and how it is looked for in a prompt."""
+
+    content: str = Field(min_length=1)
+    id: int = -1
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool | None = None
+
+    def to_added(self, *, is_special: bool) -> AddedToken:
+        return AddedToken(
+            self.content,
+            special=is_special,
+            lstrip=self.lstrip,
+            rstrip=self.rstrip,
+            single_word=self.single_word,
+            normalized=not is_special if self.normalized is None else self.normalized,
+        )
+
+
+def _from_text(value: Any) -> Any:
+    return {"content": value} if isinstance(value, str) else value
+
+
+_TokenOrText = Annotated[_Token, BeforeValidator(_from_text)]
+_Vocabulary = dict[str, Annotated[int, Field(ge=0, lt=2**32)]]
+
+
+class _NamedTokens(BaseModel):
+    """special_tokens_map.json."""
+
+    bos_token: _TokenOrText | None = None
+    eos_token: _TokenOrText | None = None
+    unk_token: _TokenOrText | None = None
+    pad_token: _TokenOrText | None = None
+
+
+class _TokenizerConfig(_NamedTokens):
+    """tokenizer_config.json."""
+
+    added_tokens_decoder: dict[int, _Token] | None = None
+    model_max_length: float = Field(MAX_LENGTH, ge=3)
+
+
+class _AddedTokens(BaseModel):
+    """The special tokens of tokenizer.json."""
+
+    added_tokens: list[_Token] = []
+
+
+class _BPEModel(BaseModel):
+    vocab: _Vocabulary
+    merges: list[str | tuple[str, str]]
+
+
+class _TokenizerJson(BaseModel):
+    """The vocabulary of tokenizer.json."""
+
+    model: _BPEModel
+
+
+def _read_optional(path: Path, schema: type[_T]) -> _T:
+    return _read(path, schema) if path.exists() else schema()
+
+
+def _read(path: Path, schema: type[_T]) -> _T:
+    try:
+        return TypeAdapter(schema).validate_json(_read_text(path))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ModelError(f"{path}: {where}: {problem['msg']}".replace(": : ", ": ")) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
