@@ -22,9 +22,9 @@ class BatchKey(NamedTuple):
 class Batcher:
     """A window of pending requests from which batches are taken.
 
-    Full batches go first, that of the longest waiting request before the others. A partial one
-    goes only where nothing better can come: the input has ended (`flush`), or the window is full
-    of sizes that do not fill a batch; then the largest goes, before long the oldest.
+    Full batches go first, that of the longest waiting request before the others. Where there is
+    none, the window being full of sizes that fill no batch, the largest partial one goes (the
+    oldest, once it has waited long); else the oldest, if the caller will not wait (`flush`).
 
     A batch holds its key's oldest request and those nearest to it in num_inference_steps: rows
     leave the UNet when their steps are done, so equal counts keep a batch full to its end.
@@ -42,9 +42,9 @@ class Batcher:
         return self._num_pending
 
     @property
-    def wants_more(self) -> bool:
-        """Whether fewer requests than the lookahead are pending."""
-        return self._num_pending < self._lookahead
+    def is_full(self) -> bool:
+        """Whether as many requests as the lookahead are pending: no more should be added."""
+        return self._num_pending >= self._lookahead
 
     def add(self, request: RenderRequest) -> None:
         """Let a request wait behind those of its key and step count."""
@@ -62,12 +62,13 @@ class Batcher:
         max_batch_size: int | Callable[[BatchKey], int],
         *,
         prefer_model: str | None = None,
-        flush: bool = False,
+        flush: bool = True,
     ) -> RenderBatch | None:
-        """Take the next batch, or None while waiting for more rows may fill one.
+        """Take the next batch, or None where nothing is pending.
 
         `prefer_model` is what the asking worker has loaded: its batches go first. Others starve
-        no longer than the window takes to fill with them.
+        no longer than the window takes to fill with them. Without `flush`, None also where rows
+        still to come may fill a batch.
         """
         if not self._buckets:
             return None
@@ -80,10 +81,10 @@ class Batcher:
         full = [key for key, bucket in self._buckets.items() if len(bucket) >= sizes[key]]
         if full:
             key = self._oldest(_of_model(full, prefer_model))
+        elif self.is_full:
+            key = self._fullest(_of_model(list(self._buckets), prefer_model))
         elif flush:
             key = self._oldest(_of_model(list(self._buckets), prefer_model))
-        elif not self.wants_more:
-            key = self._fullest(_of_model(list(self._buckets), prefer_model))
         else:
             return None
         return self._pop(key, sizes[key])
