@@ -1,0 +1,1 @@
+"""Find a checkpoint (local or on the Hub), read its headers, and load it tensor by tensor."""

@@ -1,0 +1,75 @@
+"""UNet: the original names (LDM's openaimodel.py) to ours.
+
+The original numbers all blocks through: two resnets and one resampler for each resolution. SD 2.1
+has four resolutions and SDXL three, so SDXL's names end at input block 8 and output block 8.
+"""
+
+from raydiff.weights.keymaps.rules import Block, KeyMap, Parts
+
+_RESNET: Parts = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+UNET: KeyMap = {
+    "time_embed.0": Block("time_embedding.linear_1"),
+    "time_embed.2": Block("time_embedding.linear_2"),
+    "label_emb.0.0": Block("add_embedding.linear_1"),
+    "label_emb.0.2": Block("add_embedding.linear_2"),
+    "input_blocks.0.0": Block("conv_in"),
+    "input_blocks.1.0": Block("down_blocks.0.resnets.0", _RESNET),
+    "input_blocks.1.1": Block("down_blocks.0.attentions.0"),
+    "input_blocks.2.0": Block("down_blocks.0.resnets.1", _RESNET),
+    "input_blocks.2.1": Block("down_blocks.0.attentions.1"),
+    "input_blocks.3.0.op": Block("down_blocks.0.downsamplers.0.conv"),
+    "input_blocks.4.0": Block("down_blocks.1.resnets.0", _RESNET),
+    "input_blocks.4.1": Block("down_blocks.1.attentions.0"),
+    "input_blocks.5.0": Block("down_blocks.1.resnets.1", _RESNET),
+    "input_blocks.5.1": Block("down_blocks.1.attentions.1"),
+    "input_blocks.6.0.op": Block("down_blocks.1.downsamplers.0.conv"),
+    "input_blocks.7.0": Block("down_blocks.2.resnets.0", _RESNET),
+    "input_blocks.7.1": Block("down_blocks.2.attentions.0"),
+    "input_blocks.8.0": Block("down_blocks.2.resnets.1", _RESNET),
+    "input_blocks.8.1": Block("down_blocks.2.attentions.1"),
+    "input_blocks.9.0.op": Block("down_blocks.2.downsamplers.0.conv"),
+    "input_blocks.10.0": Block("down_blocks.3.resnets.0", _RESNET),
+    "input_blocks.11.0": Block("down_blocks.3.resnets.1", _RESNET),
+    "middle_block.0": Block("mid_block.resnets.0", _RESNET),
+    "middle_block.1": Block("mid_block.attentions.0"),
+    "middle_block.2": Block("mid_block.resnets.1", _RESNET),
+    "output_blocks.0.0": Block("up_blocks.0.resnets.0", _RESNET),
+    "output_blocks.0.1": Block("up_blocks.0.attentions.0"),
+    "output_blocks.1.0": Block("up_blocks.0.resnets.1", _RESNET),
+    "output_blocks.1.1": Block("up_blocks.0.attentions.1"),
+    "output_blocks.2.0": Block("up_blocks.0.resnets.2", _RESNET),
+    "output_blocks.2.1": Block("up_blocks.0.attentions.2"),
+    # The upsampler is the block's last part: number 1 where the block has no attention, else 2.
+    "output_blocks.2.1.conv": Block("up_blocks.0.upsamplers.0.conv"),
+    "output_blocks.2.2.conv": Block("up_blocks.0.upsamplers.0.conv"),
+    "output_blocks.3.0": Block("up_blocks.1.resnets.0", _RESNET),
+    "output_blocks.3.1": Block("up_blocks.1.attentions.0"),
+    "output_blocks.4.0": Block("up_blocks.1.resnets.1", _RESNET),
+    "output_blocks.4.1": Block("up_blocks.1.attentions.1"),
+    "output_blocks.5.0": Block("up_blocks.1.resnets.2", _RESNET),
+    "output_blocks.5.1": Block("up_blocks.1.attentions.2"),
+    "output_blocks.5.2.conv": Block("up_blocks.1.upsamplers.0.conv"),
+    "output_blocks.6.0": Block("up_blocks.2.resnets.0", _RESNET),
+    "output_blocks.6.1": Block("up_blocks.2.attentions.0"),
+    "output_blocks.7.0": Block("up_blocks.2.resnets.1", _RESNET),
+    "output_blocks.7.1": Block("up_blocks.2.attentions.1"),
+    "output_blocks.8.0": Block("up_blocks.2.resnets.2", _RESNET),
+    "output_blocks.8.1": Block("up_blocks.2.attentions.2"),
+    "output_blocks.8.2.conv": Block("up_blocks.2.upsamplers.0.conv"),
+    "output_blocks.9.0": Block("up_blocks.3.resnets.0", _RESNET),
+    "output_blocks.9.1": Block("up_blocks.3.attentions.0"),
+    "output_blocks.10.0": Block("up_blocks.3.resnets.1", _RESNET),
+    "output_blocks.10.1": Block("up_blocks.3.attentions.1"),
+    "output_blocks.11.0": Block("up_blocks.3.resnets.2", _RESNET),
+    "output_blocks.11.1": Block("up_blocks.3.attentions.2"),
+    "out.0": Block("conv_norm_out"),
+    "out.2": Block("conv_out"),
+}

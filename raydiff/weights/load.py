@@ -1,0 +1,138 @@
+"""Fill a module that was built on the meta device from a checkpoint, tensor by tensor, strictly."""
+
+from collections import defaultdict
+from io import BufferedReader
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from raydiff.errors import ModelError
+from raydiff.weights.checkpoint import Checkpoint
+from raydiff.weights.sources import TensorSource
+
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+MAX_NAMED = 10
+"""Tensors that an error names; the rest is a number."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_weights(
+    module: M,
+    checkpoint: Checkpoint,
+    component: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> M:
+    """Fill `module` (its parameters on the meta device) and return it, in eval mode.
+
+    Each tensor is read into memory of its own, converted and moved to `device` before the next one
+    is read, so the host never holds more than one tensor beside the module itself.
+    Raises ModelError naming missing, unexpected and mis-shaped tensors.
+    """
+    sources = checkpoint.tensors(component)
+    _check(module, checkpoint, component, sources)
+    by_file = defaultdict(list)
+    for name, source in sources.items():
+        by_file[source.file].append((source.offset, name, source))
+    for path, entries in by_file.items():
+        try:
+            with path.open("rb") as file:
+                for _, name, source in sorted(entries, key=lambda entry: entry[0]):
+                    tensor = _read(file, source)
+                    _assign(module, name, _place(tensor, device=device, dtype=dtype))
+        except OSError as error:
+            raise ModelError(f"{path}: {error.strerror}; the disk or its mount fails") from None
+    _move_computed_buffers(module, component, device)
+    return module.requires_grad_(False).eval()
+
+
+def _check(
+    module: nn.Module, checkpoint: Checkpoint, component: str, sources: dict[str, TensorSource]
+) -> None:
+    """Compare the names and shapes that the module has with those that the checkpoint has."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing = [f"{name} {list(expected[name])}" for name in expected if name not in sources]
+    unexpected = [
+        f"{name} {list(source.shape)}" for name, source in sources.items() if name not in expected
+    ]
+    misshaped = [
+        f"{name} is {list(source.shape)}, expected {list(expected[name])}"
+        for name, source in sources.items()
+        if name in expected and source.shape != expected[name]
+    ]
+    unreadable = [
+        f"{name} is {source.dtype}"
+        for name, source in sources.items()
+        if source.dtype not in DTYPES
+    ]
+    problems = [
+        _listed("missing", missing),
+        _listed("unexpected", unexpected),
+        _listed("of another shape", misshaped),
+        _listed(f"of another dtype than {', '.join(DTYPES)}", unreadable),
+    ]
+    if any(problems):
+        raise ModelError(
+            f"{checkpoint.path}: the tensors of {component} are not those of its config. "
+            + " ".join(problem for problem in problems if problem)
+            + " The files are incomplete or belong to another model: download or copy them again"
+        )
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{len(names)} {what}: {'; '.join(names[:MAX_NAMED])}{more}."
+
+
+def _read(file: BufferedReader, source: TensorSource) -> Tensor:
+    """Return the tensor as it is stored, in memory of its own (no map of the file stays behind)."""
+    content = torch.empty(source.size_bytes, dtype=torch.uint8)
+    file.seek(source.offset)
+    count = file.readinto(content.numpy().data) if source.size_bytes else 0
+    if count != source.size_bytes:
+        raise ModelError(
+            f"{source.file}: tensor {source.key!r} ends after {count:,} of {source.size_bytes:,} "
+            "bytes; the file changed while it was read"
+        )
+    tensor = content.view(DTYPES[source.dtype])
+    if source.is_transposed:
+        return tensor.reshape(source.shape[::-1]).T.contiguous()
+    return tensor.reshape(source.shape)
+
+
+def _place(tensor: Tensor, *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    # Converted on the device, where it is fastest; the smaller dtype crosses the bus.
+    if dtype.itemsize < tensor.dtype.itemsize:
+        return tensor.to(dtype).to(device)
+    return tensor.to(device).to(dtype)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(owner, leaf, tensor)
+
+
+def _move_computed_buffers(module: nn.Module, component: str, device: torch.device | str) -> None:
+    """Move the buffers that no checkpoint has; they must hold values already."""
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            raise RuntimeError(
+                f"{component}: buffer {name} is on the meta device and in no checkpoint; compute "
+                "it in forward, or build it with device='cpu'"
+            )
+        _assign(module, name, buffer.to(device))

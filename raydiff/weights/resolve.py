@@ -1,0 +1,182 @@
+"""Find a model by name (folder, single file, alias or Hub id) and read what a run must know of it
+before any weight is loaded."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from raydiff.errors import ModelError, nearest
+from raydiff.request import ModelInfo
+from raydiff.weights.aliases import alias_names, read_alias
+from raydiff.weights.checkpoint import Checkpoint, list_files, open_checkpoint
+from raydiff.weights.fingerprint import local_revision
+from raydiff.weights.folder import Variant
+from raydiff.weights.headers import PICKLE_SUFFIXES, refuse_pickle
+from raydiff.weights.single_file import sidecar_file
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+SIZE_MULTIPLE = 8
+"""Pixels to one latent, in both families' VAEs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FamilyDefaults:
+    """What a request of the family uses when it does not say (diffusers' pipeline defaults)."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float
+
+
+FAMILY_DEFAULTS = {
+    "sd21": FamilyDefaults(num_inference_steps=50, guidance_scale=7.5, strength=0.8),
+    "sdxl": FamilyDefaults(num_inference_steps=50, guidance_scale=5.0, strength=0.3),
+}
+
+SCHEDULER_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "HeunDiscreteScheduler": "heun",
+    "LMSDiscreteScheduler": "lms",
+    "PNDMScheduler": "pndm",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+}
+"""Sampler by the class that scheduler_config.json names."""
+
+
+def resolve_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    variant: Variant = "auto",
+    dtype: str = "auto",
+) -> ModelInfo:
+    """Return what validation and planning need to know; downloads what is not on this machine.
+
+    name: folder in diffusers layout, original .safetensors file, alias (`sdxl`) or Hub id.
+    revision: Hub branch, tag or commit. variant, dtype: which weight files, see `choose_files`.
+    Raises ModelError for a model that cannot be found, fetched or used, with the way out.
+    """
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if _look(path) == "checkpoint":
+        if revision is not None:
+            raise ModelError(
+                f"{name}: a local checkpoint has no revision {revision!r}; leave model.revision out"
+            )
+        path = path.resolve()
+        checkpoint = open_checkpoint(path, variant=variant, dtype=dtype)
+        files = _files(checkpoint, variant=variant, dtype=dtype)
+        return _info(name, checkpoint, local_revision(files))
+    repo, pinned = _hub_repo(name, path)
+    from raydiff.weights.hub import download_model  # takes 0.3 s, and local names do without
+
+    folder, commit = download_model(repo, revision=revision or pinned, variant=variant, dtype=dtype)
+    return _info(name, open_checkpoint(folder, variant=variant, dtype=dtype), commit)
+
+
+def _look(path: Path) -> Literal["checkpoint", "folder", "nothing"]:
+    """Return what is at a path that may as well be an alias or a Hub id."""
+    try:
+        if path.is_file() or (path / "model_index.json").is_file():
+            return "checkpoint"
+        return "folder" if path.is_dir() else "nothing"
+    except OSError:  # a name that no file can have, for instance one of 1,000 characters
+        return "nothing"
+
+
+def default_sampler(scheduler: dict[str, Any]) -> str:
+    """Return the sampler that a scheduler_config.json asks for; ModelError for one we lack."""
+    class_name = str(scheduler.get("_class_name"))
+    sampler = SCHEDULER_SAMPLERS.get(class_name)
+    if sampler is None:
+        raise ModelError(
+            f"scheduler_config.json: _class_name is {class_name!r}; "
+            f"{nearest(class_name, SCHEDULER_SAMPLERS)}known: {', '.join(SCHEDULER_SAMPLERS)}"
+        )
+    is_sde = str(scheduler.get("algorithm_type")).startswith("sde-")
+    return "dpmpp_2m_sde" if sampler == "dpmpp_2m" and is_sde else sampler
+
+
+def _hub_repo(name: str, path: Path) -> tuple[str, str | None]:
+    """Return the Hub id and pinned revision for a name that is no local checkpoint."""
+    if name in alias_names():
+        alias = read_alias(name)
+        return alias.repo, alias.revision
+    if _look(path) == "folder":
+        raise ModelError(
+            f"{path}: no model_index.json; expected a pipeline folder in diffusers layout, or the "
+            "path of one .safetensors file"
+        )
+    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES:
+        refuse_pickle(path)
+        raise ModelError(f"{path}: no such file; check the path")
+    if HUB_ID.fullmatch(name) is None:
+        aliases = alias_names()
+        raise ModelError(
+            f"model {name!r}: no such folder, .safetensors file or alias; {nearest(name, aliases)}"
+            f"aliases: {', '.join(aliases)}; or give a Hub id such as {read_alias('sdxl').repo}"
+        )
+    return name, None
+
+
+def _files(checkpoint: Checkpoint, *, variant: Variant, dtype: str) -> dict[str, Path]:
+    """Return {name: file} of all files that make up a local checkpoint."""
+    path = checkpoint.path
+    if path.is_dir():
+        names = list_files(path, variant=variant, dtype=dtype).names
+        return {name: path / name for name in names}
+    files = {"single.safetensors": path}
+    sidecar = sidecar_file(path)
+    if sidecar is not None:
+        files["single.yaml"] = sidecar
+    encoders = [name for name in checkpoint.components if name.startswith("text_encoder")]
+    for folder in {checkpoint.tokenizer_folder(name) for name in encoders}:
+        files |= {
+            f"{folder.name}/{file.name}": file
+            for file in folder.iterdir()
+            if file.suffix in (".json", ".txt")
+        }
+    return files
+
+
+def _info(name: str, checkpoint: Checkpoint, revision: str) -> ModelInfo:
+    defaults = FAMILY_DEFAULTS[checkpoint.family]
+    height, width = _default_size(checkpoint)
+    return ModelInfo(
+        name=name,
+        family=checkpoint.family,
+        path=str(checkpoint.path),
+        revision=revision,
+        tasks=("txt2img", "img2img"),
+        default_height=height,
+        default_width=width,
+        size_multiple=SIZE_MULTIPLE,
+        default_num_inference_steps=defaults.num_inference_steps,
+        default_guidance_scale=defaults.guidance_scale,
+        default_strength=defaults.strength,
+        default_sampler=default_sampler(checkpoint.config("scheduler")),
+        num_parameters={
+            component: sum(math.prod(t.shape) for t in checkpoint.tensors(component).values())
+            for component in checkpoint.components
+        },
+    )
+
+
+def _default_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return (height, width): the UNet's sample size in pixels."""
+    sample_size = checkpoint.config("unet").get("sample_size")
+    height, width = sample_size if isinstance(sample_size, list) else (sample_size, sample_size)
+    levels = checkpoint.config("vae").get("block_out_channels")
+    if not (isinstance(height, int) and isinstance(width, int) and isinstance(levels, list)):
+        raise ModelError(
+            f"{checkpoint.path}: unet/config.json has sample_size {sample_size!r} and "
+            f"vae/config.json block_out_channels {levels!r}; the default size is read from them"
+        )
+    factor = 2 ** (len(levels) - 1)
+    return height * factor, width * factor
