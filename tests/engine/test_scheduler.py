@@ -1,0 +1,461 @@
+"""Every failure path of the scheduler, without Ray: events in, decisions out."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from raydiff.config import EngineConfig
+from raydiff.engine.scheduler import (
+    MAX_CRASHES_WITHOUT_RESULT,
+    MAX_START_FAILURES,
+    BatchDone,
+    Decision,
+    Dispatch,
+    EndRequest,
+    FinishRun,
+    Scheduler,
+    StartWorker,
+    StopWorker,
+    WorkerFailed,
+    WorkerReady,
+)
+from raydiff.engine.worker import BatchReply, WorkerInfo
+from raydiff.errors import DiskError, EngineError, ModelError
+from raydiff.request import RenderBatch, RenderRequest, RenderResult
+
+INFO = WorkerInfo(node="here", device="cpu", pid=1)
+
+
+def request(number: int, *, height: int = 64, model: str = "tiny") -> RenderRequest:
+    return RenderRequest(
+        model=model,
+        model_revision="local-0",
+        task="txt2img",
+        prompt=f"prompt {number}",
+        negative_prompt=None,
+        seed=number,
+        height=height,
+        width=64,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        guidance_rescale=0.0,
+        sampler="ddim",
+        request_id=f"{number:032x}",
+    )
+
+
+def scheduler(num_workers: int = 1, num_rows: int = 0, **config: object) -> Scheduler:
+    """A scheduler with `num_rows` requests, all that there will be."""
+    settings = EngineConfig.model_validate({"batch_size": 4, **config})
+    result = Scheduler([f"w{index}" for index in range(num_workers)], settings)
+    for number in range(num_rows):
+        result.offer(request(number))
+    result.close_input()
+    return result
+
+
+def ready(worker_id: str = "w0", incarnation: int = 1) -> WorkerReady:
+    return WorkerReady(worker_id=worker_id, incarnation=incarnation, info=INFO)
+
+
+def failed(worker_id: str = "w0", incarnation: int = 1, reason: str = "killed") -> WorkerFailed:
+    return WorkerFailed(worker_id=worker_id, incarnation=incarnation, reason=reason)
+
+
+def done(
+    dispatch: Dispatch, *, max_batch_size: int = 4, disk_error: str | None = None
+) -> BatchDone:
+    results = [
+        RenderResult(request_id=row.request_id, status="completed")
+        for row in dispatch.batch.requests
+    ]
+    reply = BatchReply(
+        batch_id=dispatch.batch.batch_id,
+        results=[] if disk_error else results,
+        max_batch_size=max_batch_size,
+        disk_error=disk_error,
+    )
+    return BatchDone(worker_id=dispatch.worker_id, incarnation=dispatch.incarnation, reply=reply)
+
+
+def dispatches(decisions: list[Decision]) -> list[Dispatch]:
+    return [decision for decision in decisions if isinstance(decision, Dispatch)]
+
+
+def sizes(decisions: list[Decision]) -> list[tuple[str, int]]:
+    sent = dispatches(decisions)
+    return [(dispatch.worker_id, len(dispatch.batch.requests)) for dispatch in sent]
+
+
+def ended(decisions: list[Decision]) -> dict[str, str]:
+    ends = [decision.result for decision in decisions if isinstance(decision, EndRequest)]
+    return {result.request_id: result.status for result in ends}
+
+
+def test_a_worker_is_started_and_its_window_is_filled() -> None:
+    machine = scheduler(num_rows=20)
+    assert machine.decide(0.0) == [StartWorker(worker_id="w0", incarnation=1)]
+    assert machine.decide(0.1) == []
+    machine.handle(ready())
+    first = machine.decide(0.2)
+    assert sizes(first) == [("w0", 4), ("w0", 4)]
+    assert machine.decide(0.3) == []
+    machine.handle(done(dispatches(first)[0]))
+    second = machine.decide(0.4)
+    assert len(ended(second)) == 4
+    assert sizes(second) == [("w0", 4)]
+
+
+def test_the_window_has_batches_in_flight_batches() -> None:
+    machine = scheduler(num_rows=100, batches_in_flight=5)
+    machine.decide(0.0)
+    machine.handle(ready())
+    assert sizes(machine.decide(0.1)) == [("w0", 4)] * 5
+
+
+def test_no_more_workers_than_rows_are_started() -> None:
+    machine = scheduler(num_workers=8, num_rows=3)
+    assert len(machine.decide(0.0)) == 3
+
+
+def test_nothing_is_started_without_rows() -> None:
+    assert scheduler(num_workers=8).decide(0.0) == [FinishRun()]
+
+
+def test_the_last_rows_are_shared_out() -> None:
+    machine = scheduler(num_workers=2, num_rows=6)
+    machine.decide(0.0)
+    machine.handle(ready("w0"))
+    machine.handle(ready("w1"))
+    assert sizes(machine.decide(0.1)) == [("w0", 3), ("w1", 3)]
+
+
+def test_an_idle_worker_does_not_wait_for_a_full_queue() -> None:
+    machine = Scheduler(["w0"], EngineConfig(batch_size=4))
+    for number in range(6):
+        machine.offer(request(number))
+    machine.decide(0.0)
+    machine.handle(ready())
+    assert sizes(machine.decide(0.1)) == [("w0", 4)]
+    assert machine.wants_rows
+
+
+def test_the_input_is_not_read_beyond_lookahead() -> None:
+    machine = Scheduler(["w0"], EngineConfig(lookahead=10))
+    for number in range(10):
+        assert machine.wants_rows
+        machine.offer(request(number))
+    assert not machine.wants_rows
+
+
+def test_batches_take_the_size_that_the_worker_reports() -> None:
+    machine = scheduler(num_rows=100, batch_size="auto")
+    machine.decide(0.0)
+    machine.handle(ready())
+    first = dispatches(machine.decide(0.1))
+    machine.handle(done(first[0], max_batch_size=11))
+    assert sizes(machine.decide(0.2)) == [("w0", 11)]
+    machine.handle(done(first[1], max_batch_size=2))
+    assert sizes(machine.decide(0.3)) == [("w0", 2)]
+
+
+def test_a_batch_size_is_learned_per_shape() -> None:
+    machine = scheduler(batch_size="auto")
+    machine._is_input_closed = False
+    for number in range(80):
+        machine.offer(request(number, height=64 if number < 40 else 128))
+    machine.close_input()
+    machine.decide(0.0)
+    machine.handle(ready())
+    seen: dict[int, list[int]] = {64: [], 128: []}
+    pending = dispatches(machine.decide(0.1))
+    while pending:
+        batch = pending[0].batch
+        seen[batch.height].append(len(batch.requests))
+        machine.handle(done(pending.pop(0), max_batch_size=5 if batch.height == 64 else 3))
+        pending += dispatches(machine.decide(0.2))
+    assert 5 in seen[64]
+    assert max(seen[64][2:]) <= 5
+    assert 3 in seen[128]
+    assert sum(seen[64]) == sum(seen[128]) == 40
+
+
+def test_the_run_finishes_when_all_is_done() -> None:
+    machine = scheduler(num_rows=4)
+    machine.decide(0.0)
+    machine.handle(ready())
+    batch = dispatches(machine.decide(0.1))[0]
+    machine.handle(done(batch))
+    decisions = machine.decide(0.2)
+    assert len(ended(decisions)) == 4
+    assert decisions[-1] == FinishRun()
+
+
+def crash(machine: Scheduler, incarnation: int, now: float) -> list[Decision]:
+    """Kill w0, let its replacement become ready, and return what that one is sent."""
+    machine.handle(failed(incarnation=incarnation))
+    before = machine.decide(now)
+    assert StartWorker(worker_id="w0", incarnation=incarnation + 1) in before
+    machine.handle(ready(incarnation=incarnation + 1))
+    return before + machine.decide(now)
+
+
+def test_a_crashed_batch_is_retried_whole_then_split_then_quarantined() -> None:
+    machine = scheduler(num_rows=4)
+    machine.decide(0.0)
+    machine.handle(ready())
+    assert sizes(machine.decide(0.1)) == [("w0", 4)]
+    assert sizes(crash(machine, 1, 1.0)) == [("w0", 4)]
+    assert sizes(crash(machine, 2, 2.0)) == [("w0", 1)]
+    assert sizes(crash(machine, 3, 3.0)) == [("w0", 1)]
+    third = crash(machine, 4, 4.0)
+    assert list(ended(third).values()) == ["quarantined"]
+    assert sizes(third) == [("w0", 1)]
+    completed: dict[str, str] = {}
+    pending = dispatches(third)
+    while pending:
+        machine.handle(done(pending.pop(0)))
+        decisions = machine.decide(5.0)
+        completed |= ended(decisions)
+        pending += dispatches(decisions)
+    assert list(completed.values()) == ["completed"] * 3
+    assert set(completed) | set(ended(third)) == {request(n).request_id for n in range(4)}
+
+
+def test_a_batch_behind_the_crashed_one_is_blameless_and_retried_alone() -> None:
+    machine = scheduler(num_rows=20)
+    machine.decide(0.0)
+    machine.handle(ready())
+    head, behind = dispatches(machine.decide(0.1))
+    retried = dispatches(crash(machine, 1, 1.0))
+    assert [sent.batch.requests for sent in retried] == [head.batch.requests]
+    machine.handle(done(retried[0]))
+    alone = dispatches(machine.decide(2.0))
+    assert [sent.batch.requests for sent in alone] == [behind.batch.requests]
+    # Twice more it may crash: it was not blamed for the first death.
+    assert sizes(crash(machine, 2, 3.0)) == [("w0", 4)]
+    assert sizes(crash(machine, 3, 4.0)) == [("w0", 1)]
+
+
+def test_a_batch_that_only_stood_before_a_poison_row_is_never_quarantined() -> None:
+    """The head may be written, not rendered, when the next batch kills the worker."""
+    machine = scheduler(num_rows=2, batch_size=1)
+    poison = request(1).request_id
+    statuses: dict[str, str] = {}
+    incarnation = 1
+    decisions = machine.decide(0.0)
+    while not any(isinstance(decision, FinishRun) for decision in decisions):
+        decisions = machine.decide(0.0)
+        statuses |= ended(decisions)
+        if any(isinstance(decision, StartWorker) for decision in decisions):
+            incarnation += 1
+        machine.handle(ready(incarnation=incarnation - 1)) if incarnation > 1 else None
+        machine.handle(ready(incarnation=incarnation))
+        sent = dispatches(decisions)
+        if any(row.request_id == poison for one in sent for row in one.batch.requests):
+            machine.handle(failed(incarnation=sent[0].incarnation))
+        else:
+            for one in sent:
+                machine.handle(done(one))
+    assert statuses == {request(0).request_id: "completed", poison: "quarantined"}
+
+
+def test_a_worker_that_dies_idle_blames_nobody() -> None:
+    machine = scheduler(num_workers=2, num_rows=4, batches_in_flight=1)
+    machine._is_input_closed = False
+    machine.decide(0.0)
+    machine.handle(ready("w0"))
+    machine.handle(ready("w1"))
+    assert sizes(machine.decide(0.1)) == [("w0", 4)]
+    machine.handle(failed("w1"))
+    machine.offer(request(9))
+    machine.close_input()
+    assert StartWorker(worker_id="w1", incarnation=2) in machine.decide(0.2)
+
+
+def test_replies_of_a_replaced_worker_are_ignored() -> None:
+    machine = scheduler(num_rows=4)
+    machine.decide(0.0)
+    machine.handle(ready())
+    stale = dispatches(machine.decide(0.1))[0]
+    fresh = dispatches(crash(machine, 1, 1.0))[0]
+    machine.handle(done(stale))
+    machine.handle(failed(incarnation=1))
+    assert machine.decide(1.1) == []
+    machine.handle(done(fresh))
+    assert len(ended(machine.decide(1.2))) == 4
+
+
+def test_a_worker_that_cannot_start_ends_the_run_with_its_reason() -> None:
+    machine = scheduler(num_workers=2, num_rows=1)
+    for attempt in range(1, MAX_START_FAILURES + 1):
+        assert StartWorker(worker_id="w0", incarnation=attempt) in machine.decide(float(attempt))
+        machine.handle(failed(incarnation=attempt, reason="no such device"))
+    (finish,) = machine.decide(9.0)
+    assert isinstance(finish, FinishRun)
+    assert isinstance(finish.error, EngineError)
+    assert "no such device" in str(finish.error)
+
+
+def test_the_others_go_on_when_one_place_is_given_up() -> None:
+    machine = scheduler(num_workers=2, num_rows=100)
+    machine.decide(0.0)
+    machine.handle(ready("w1"))
+    for attempt in range(1, MAX_START_FAILURES + 1):
+        machine.handle(failed("w0", attempt))
+        decisions = machine.decide(float(attempt))
+    assert not any(isinstance(decision, StartWorker | FinishRun) for decision in decisions)
+
+
+def test_a_start_that_is_not_placed_in_time_is_stopped_and_not_tried_again() -> None:
+    machine = scheduler(num_rows=4, start_timeout_s=10)
+    machine.decide(100.0)
+    assert machine.decide(109.9) == []
+    stop = StopWorker(worker_id="w0", incarnation=1, waited_s=10.0)
+    assert machine.decide(110.0) == [stop]
+    assert machine.decide(110.1) == []
+    machine.handle(failed(reason="asked for GPU: 1, the cluster has 0"))
+    (finish,) = machine.decide(110.2)
+    assert isinstance(finish, FinishRun)
+    assert "asked for GPU: 1" in str(finish.error)
+
+
+def test_an_error_that_no_restart_changes_ends_the_run_at_once() -> None:
+    machine = scheduler(num_rows=4)
+    machine.decide(0.0)
+    error = ModelError("tiny: unet is missing")
+    machine.handle(WorkerFailed(worker_id="w0", incarnation=1, reason=str(error), error=error))
+    assert machine.decide(0.1) == [FinishRun(error=error)]
+
+
+def test_a_full_disk_ends_the_run_after_what_is_in_flight() -> None:
+    machine = scheduler(num_rows=100)
+    machine.decide(0.0)
+    machine.handle(ready())
+    first, second = dispatches(machine.decide(0.1))
+    machine.handle(done(first, disk_error="/out: no space left"))
+    assert machine.decide(0.2) == []
+    machine.handle(done(second))
+    decisions = machine.decide(0.3)
+    assert len(ended(decisions)) == 4
+    finish = decisions[-1]
+    assert isinstance(finish, FinishRun)
+    assert isinstance(finish.error, DiskError)
+    assert "no space left" in str(finish.error)
+
+
+def test_workers_that_always_die_end_the_run() -> None:
+    machine = scheduler(num_rows=100)
+    decisions = machine.decide(0.0)
+    for incarnation in range(1, MAX_CRASHES_WITHOUT_RESULT + 1):
+        machine.handle(ready(incarnation=incarnation))
+        machine.decide(0.0)
+        machine.handle(failed(incarnation=incarnation, reason="segmentation fault"))
+        decisions = machine.decide(0.0)
+    finish = decisions[-1]
+    assert isinstance(finish, FinishRun)
+    assert "segmentation fault" in str(finish.error)
+
+
+def test_drain_lets_what_is_in_flight_end_and_starts_nothing() -> None:
+    machine = scheduler(num_workers=2, num_rows=100)
+    machine.decide(0.0)
+    machine.handle(ready("w0"))
+    first, second = dispatches(machine.decide(0.1))
+    machine.drain()
+    machine.handle(ready("w1"))
+    assert not machine.wants_rows
+    assert machine.decide(0.2) == []
+    machine.handle(done(first))
+    assert len(ended(machine.decide(0.3))) == 4
+    machine.handle(done(second))
+    decisions = machine.decide(0.4)
+    assert len(ended(decisions)) == 4
+    assert decisions[-1] == FinishRun()
+
+
+def test_a_crash_while_draining_ends_the_run() -> None:
+    machine = scheduler(num_rows=100)
+    machine.decide(0.0)
+    machine.handle(ready())
+    machine.decide(0.1)
+    machine.drain()
+    machine.handle(failed())
+    assert machine.decide(0.2) == [FinishRun()]
+
+
+def simulate(
+    machine: Scheduler, rng: random.Random, dies: Callable[[RenderBatch], bool]
+) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+    """Run to the end with workers that answer in a random order and die as `dies` says.
+
+    Returns how often each (request, status) ended and how often each request was rendered.
+    """
+    ends: Counter[tuple[str, str]] = Counter()
+    renders: Counter[str] = Counter()
+    starting: list[StartWorker] = []
+    queues: dict[tuple[str, int], list[Dispatch]] = {}
+    for now in range(100_000):
+        for decision in machine.decide(float(now)):
+            match decision:
+                case StartWorker():
+                    starting.append(decision)
+                case Dispatch():
+                    queues[decision.worker_id, decision.incarnation].append(decision)
+                case EndRequest():
+                    ends[decision.result.request_id, decision.result.status] += 1
+                case FinishRun():
+                    assert decision.error is None
+                    return ends, renders
+        busy = [key for key, queue in queues.items() if queue]
+        if starting and (not busy or rng.random() < 0.5):
+            start = starting.pop(rng.randrange(len(starting)))
+            queues[start.worker_id, start.incarnation] = []
+            machine.handle(ready(start.worker_id, start.incarnation))
+        elif busy:
+            key = rng.choice(busy)
+            batch = queues[key][0].batch
+            renders.update(row.request_id for row in batch.requests)
+            if dies(batch):
+                del queues[key]
+                machine.handle(failed(*key))
+            else:
+                machine.handle(done(queues[key].pop(0), max_batch_size=rng.randint(1, 8)))
+    raise AssertionError("the run does not end")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_each_row_ends_once_whatever_dies(seed: int) -> None:
+    rng = random.Random(seed)
+    num_rows = rng.randint(1, 300)
+    poison = {request(n).request_id for n in rng.sample(range(num_rows), min(2, num_rows))}
+    machine = Scheduler(
+        [f"w{index}" for index in range(rng.randint(1, 5))],
+        EngineConfig(
+            batch_size=rng.choice(["auto", 1, 4]),
+            batches_in_flight=rng.randint(1, 4),
+            max_crashes=5,
+        ),
+    )
+    for number in range(num_rows):
+        machine.offer(request(number, height=rng.choice([64, 128]), model=rng.choice("ab")))
+    machine.close_input()
+
+    unlucky: set[str] = set()
+
+    def dies(batch: RenderBatch) -> bool:
+        """Poison kills always; chance kills anything, but no row twice."""
+        rows = {row.request_id for row in batch.requests}
+        is_chance = rng.random() < 0.05 and not rows & unlucky
+        unlucky.update(rows if is_chance else ())
+        return is_chance or bool(rows & poison)
+
+    ends, renders = simulate(machine, rng, dies)
+    expected = {
+        (request(n).request_id, "quarantined" if request(n).request_id in poison else "completed")
+        for n in range(num_rows)
+    }
+    assert ends == Counter(expected)
+    assert all(count <= 7 for request_id, count in renders.items() if request_id in poison)
