@@ -5,13 +5,15 @@ diffusers checkpoint's. Source: Rombach et al. 2022 (arXiv 2112.10752).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydiff.errors import ModelError
+from raydiff.models.group_norm import GroupNorm
+from raydiff.models.tokens import to_image, to_tokens
 
 NORM_EPS = 1e-6
 """Every GroupNorm of this family, in all published checkpoints (the UNet's resnets have 1e-5)."""
@@ -122,11 +124,16 @@ class Moments(NamedTuple):
 
 
 class AutoencoderKL(nn.Module):
-    """Pixels (B, 3, H, W) in -1..1 to raw latents (B, C, H // 8, W // 8) and back."""
+    """Pixels (B, 3, H, W) in -1..1 to raw latents (B, C, H // 8, W // 8) and back.
+
+    Each way has a part at the latents' size, with attention over the whole image, and a part of
+    convolutions between sizes, which is nearly all of the time and memory and can run in tiles.
+    """
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         self.config = config
+        self.is_channels_last = False
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         channels = config.latent_channels
@@ -140,17 +147,43 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, pixels: Tensor) -> Moments:
         """Return the posterior of `pixels`; rows and columns past a multiple of 8 add no latent."""
-        hidden = self.encoder(pixels)  # (B, 2C, h, w)
+        return self.moments(self.downsample(pixels))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels, about -1..1 but not clamped, of raw `latents` (see `denormalize`)."""
+        return self.upsample(self.expand(latents))
+
+    def downsample(self, pixels: Tensor) -> Tensor:
+        """First part of `encode`: pixels to a map (B, width, h, w)."""
+        return self.encoder.downsample(self._as_stored(pixels))
+
+    def moments(self, hidden: Tensor) -> Moments:
+        """Second part of `encode`, at the latents' size."""
+        hidden = self.encoder.compress(hidden)  # (B, 2C, h, w)
         if self.quant_conv is not None:
             hidden = self.quant_conv(hidden)
         mean, logvar = hidden.chunk(2, dim=1)
         return Moments(mean, logvar.clamp(-30.0, 20.0))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels, about -1..1 but not clamped, of raw `latents` (see `denormalize`)."""
+    def expand(self, latents: Tensor) -> Tensor:
+        """First part of `decode`, at the latents' size: to a map (B, width, h, w)."""
+        latents = self._as_stored(latents)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+        return self.decoder.expand(latents)
+
+    def upsample(self, hidden: Tensor) -> Tensor:
+        """Second part of `decode`: the map to pixels."""
+        return self.decoder.upsample(hidden)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, in which the network computes."""
+        return self.decoder.conv_in.weight.dtype
+
+    def _as_stored(self, image: Tensor) -> Tensor:
+        layout = torch.channels_last if self.is_channels_last else torch.contiguous_format
+        return image.to(self.dtype).contiguous(memory_format=layout)
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Turn the encoder's latents into those that diffusion works on: about unit variance."""
@@ -171,17 +204,20 @@ class AutoencoderKL(nn.Module):
         channels = zip(latents.unbind(1), config.latents_mean, config.latents_std, strict=True)
         return torch.stack([x * std / config.scaling_factor + mean for x, mean, std in channels], 1)
 
-    def prepare_for_inference(self, channels_last: bool = False) -> None:
-        """Fuse the attention projections and lay out the convolutions, once, after loading.
+    def prepare_for_inference(self, channels_last: bool) -> None:
+        """Fuse the attention projections and order the convolutions' memory, in place.
 
-        Parameter names change, so a checkpoint no longer fits. channels_last is the layout of the
-        tensor-core convolutions on CUDA; one such layer makes all that follow it channels_last too.
+        Call it after the weights are loaded: parameter names are no longer the checkpoint's.
+        channels_last is the layout of CUDA's tensor-core convolutions.
         """
+        self.is_channels_last = channels_last
         for module in list(self.modules()):
             if isinstance(module, Attention):
-                module.fuse()
-        if channels_last:
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                module.fuse_projections()
+            elif isinstance(module, nn.Conv2d) and channels_last:
+                module.weight.data = module.weight.data.contiguous(
+                    memory_format=torch.channels_last
+                )
 
 
 def sample(moments: Moments, noise: Tensor) -> Tensor:
@@ -208,15 +244,20 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = MidBlock(widths[-1], groups, has_attention=config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=NORM_EPS, silu=True)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def downsample(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width, h, w): all blocks but the last, which keeps the size."""
         hidden = self.conv_in(pixels)
-        for block in self.down_blocks:
-            hidden = block(hidden)  # (B, width, H / 2, W / 2), the last block (B, width, h, w)
-        hidden = self.mid_block(hidden)
-        return self.conv_out(norm_silu(hidden, self.conv_norm_out))
+        for block in self.down_blocks[:-1]:
+            hidden = block(hidden)  # (B, width, H / 2, W / 2)
+        return hidden
+
+    def compress(self, hidden: Tensor) -> Tensor:
+        """(B, width, h, w) -> (B, 2C, h, w)."""
+        hidden = self.mid_block(self.down_blocks[-1](hidden))
+        return self.conv_out(self.conv_norm_out(hidden))
 
 
 class Decoder(nn.Module):
@@ -238,14 +279,24 @@ class Decoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=NORM_EPS, silu=True)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        hidden = self.mid_block(self.conv_in(latents))
-        for block in self.up_blocks:
-            hidden = block(hidden)  # (B, width, 2h, 2w), the last block (B, width, H, W)
-        return self.conv_out(norm_silu(hidden, self.conv_norm_out))
+    def expand(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, width, h, w): all up to the first change of size."""
+        first, *_ = self._blocks()
+        return first.refine(self.mid_block(self.conv_in(latents)))
+
+    def upsample(self, hidden: Tensor) -> Tensor:
+        """(B, width, h, w) -> (B, 3, H, W)."""
+        first, *rest = self._blocks()
+        hidden = first.enlarge(hidden)
+        for block in rest:
+            hidden = block.enlarge(block.refine(hidden))  # (B, width, 2h, 2w)
+        return self.conv_out(self.conv_norm_out(hidden))
+
+    def _blocks(self) -> "list[UpBlock]":
+        return cast("list[UpBlock]", list(self.up_blocks))
 
 
 class DownBlock(nn.Module):
@@ -280,9 +331,16 @@ class UpBlock(nn.Module):
         self.resnets = _resnets(in_channels, channels, num_layers, groups)
         self.upsamplers = nn.ModuleList([Upsample(channels)] if has_upsampler else [])
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            hidden = layer(hidden)
+    def refine(self, hidden: Tensor) -> Tensor:
+        """(B, in, h, w) -> (B, channels, h, w)."""
+        for resnet in self.resnets:
+            hidden = resnet(hidden)
+        return hidden
+
+    def enlarge(self, hidden: Tensor) -> Tensor:
+        """(B, channels, h, w) -> (B, channels, 2h, 2w), or the same in the last block."""
+        for upsampler in self.upsamplers:
+            hidden = upsampler(hidden)
         return hidden
 
 
@@ -313,17 +371,17 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.norm1 = GroupNorm(groups, in_channels, eps=NORM_EPS, silu=True)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.norm2 = GroupNorm(groups, channels, eps=NORM_EPS, silu=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = (
             nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(norm_silu(x, self.norm1))
-        hidden = self.conv2(norm_silu(hidden, self.norm2))
+        hidden = self.conv1(self.norm1(x))
+        hidden = self.conv2(self.norm2(hidden))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -332,14 +390,14 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.group_norm = GroupNorm(groups, channels, eps=NORM_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.to_qkv: nn.Linear | None = None
 
-    def fuse(self) -> None:
+    def fuse_projections(self) -> None:
         """Replace to_q, to_k and to_v by one projection; a second call changes nothing."""
         if self.to_qkv is not None:
             return
@@ -351,15 +409,14 @@ class Attention(nn.Module):
         del self.to_q, self.to_k, self.to_v
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H * W, C)
+        tokens = to_tokens(self.group_norm(x))  # (B, H * W, C)
         if self.to_qkv is not None:
             query, key, value = self.to_qkv(tokens).chunk(3, dim=-1)
         else:
             query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         # CUDA's blockwise kernels take (B, heads, N, C) only, so the one head gets its axis.
         mixed = attend(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)).squeeze(1)
-        return x + self.to_out[0](mixed).transpose(1, 2).unflatten(2, (height, width))
+        return x + to_image(self.to_out[0](mixed), x.shape[-2:])
 
 
 def attend(
@@ -397,8 +454,3 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group normalisation and SiLU; the normalised tensor is not kept."""
-    return F.silu(norm(x), inplace=True)

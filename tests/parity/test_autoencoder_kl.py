@@ -152,9 +152,9 @@ def test_prepare_for_inference_can_be_repeated():
     reference = reference_model("sd")
     model = our_model(reference)
     latents = torch.randn(1, 4, 6, 7, generator=torch.Generator().manual_seed(5))
-    model.prepare_for_inference()
+    model.prepare_for_inference(channels_last=False)
     once = model.decode(latents)
-    model.prepare_for_inference()
+    model.prepare_for_inference(channels_last=False)
     assert torch.equal(model.decode(latents), once)
     names = model.state_dict()
     assert "decoder.mid_block.attentions.0.to_qkv.weight" in names
