@@ -1,0 +1,298 @@
+"""The metadata table as the driver keeps it: which rows have ended, and what became of each
+request. A row has ended when its metadata is committed; nothing else counts."""
+
+import time
+import warnings
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raydiff.config import OutputConfig
+from raydiff.output.atomic import disk_error
+from raydiff.output.keys import Keys, num_leading_rows, request_key, request_keys, row_key, row_keys
+from raydiff.output.lock import METADATA_DIR, RunLock
+from raydiff.output.metadata_schema import RESULT_COLUMNS, build_table, metadata_schema, result_of
+from raydiff.output.part_files import (
+    DamagedPartError,
+    Part,
+    map_parts,
+    merge_parts,
+    part_name,
+    read_columns,
+    write_part,
+)
+from raydiff.output.recovery import drop_rows, recover_parts, set_aside
+from raydiff.output.run_file import check_is_run
+from raydiff.output.sorted_index import SortedIndex
+from raydiff.request import ManifestRow, RenderResult, Status
+
+FANOUT_BITS = 4
+FANOUT = 2**FANOUT_BITS
+NUM_TIERS = 4
+"""Parts of 1, 16, 256 and 4,096 rows and up are merged when there are 16 of a tier."""
+FINAL_ROWS = 2 ** (FANOUT_BITS * NUM_TIERS)
+"""Parts of this many rows stay as they are: a merge takes under a second."""
+NUM_CACHED_ROW_GROUPS = 8
+
+
+class Ledger:
+    """The metadata table of one run, opened by the driver that holds its lock.
+
+    Memory is about 24 bytes for each committed row. Image files are not synced when they are
+    written; if the machine has restarted since the last session, rows of its last two minutes
+    whose file is missing or cut are dropped on opening, and so rendered again.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        extra_schema: pa.Schema,
+        config: OutputConfig,
+        lock: RunLock,
+    ) -> None:
+        """Open or start the table. Raises EngineError without the lock, OutputError, DiskError."""
+        lock.check()
+        self._folder = Path(out_dir) / METADATA_DIR
+        self._extra_schema = extra_schema
+        self._schema = metadata_schema(extra_schema)
+        self._config = config
+        self._lock = lock
+        self._sequence = 0
+        self._pending: dict[int, tuple[ManifestRow, RenderResult]] = {}
+        self._pending_results: dict[str, RenderResult] = {}
+        self._oldest_pending_s = 0.0
+        self._row_groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self.warnings: list[str] = []
+        """What was found wrong on opening, one sentence each."""
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise disk_error(self._folder, error) from error
+        self._open(Path(out_dir))
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        """Rows by status, those not yet committed included."""
+        return {status: self._counts[status] for status in ("completed", "failed", "quarantined")}
+
+    def __len__(self) -> int:
+        return len(self._done) + len(self._pending)
+
+    def is_done(self, row_index: int, image_index: int) -> bool:
+        """Return whether this image of this row has ended, in this session or an earlier one."""
+        key = row_key(row_index, image_index)
+        return key in self._pending or key in self._done
+
+    def num_leading_rows(self) -> int:
+        """Return n such that image 0 of rows 0 .. n-1 had ended when the table was opened.
+
+        Where every row asks for one image, the manifest need only be read from row n on.
+        """
+        return self._num_leading_rows
+
+    def find(self, request_id: str) -> RenderResult | None:
+        """Return what became of a request, if a row with it has ended."""
+        pending = self._pending_results.get(request_id)
+        if pending is not None:
+            return pending
+        for location in self._requests.find(request_key(request_id)):
+            result = self._read_result(location, request_id)
+            if result is not None:
+                return result
+        return None
+
+    def add(self, row: ManifestRow, result: RenderResult) -> bool:
+        """Take in an ended row, to be committed next. Returns False if it had ended before."""
+        if self.is_done(row.row_index, row.image_index):
+            return False
+        if not self._pending:
+            self._oldest_pending_s = time.monotonic()
+        self._pending[row_key(row.row_index, row.image_index)] = (row, result)
+        if result.request_id:
+            self._pending_results[result.request_id] = result
+        self._counts[result.status] += 1
+        return True
+
+    def should_commit(self, now: float) -> bool:
+        """Return whether enough rows wait, or one has waited long enough at time.monotonic()."""
+        if not self._pending:
+            return False
+        age_s = now - self._oldest_pending_s
+        return len(self._pending) >= self._config.commit_rows or age_s >= self._config.commit_s
+
+    def commit(self) -> int:
+        """Make the rows added so far durable and return their number.
+
+        Raises EngineError if another driver has taken the folder, DiskError if it cannot be
+        written; the rows then still wait.
+        """
+        if not self._pending:
+            return 0
+        self._lock.check()
+        rows = list(self._pending.values())
+        table = build_table(rows, self._extra_schema)
+        part = write_part(self._next_path(), iter([table]))
+        self._index(part, table)
+        self._pending.clear()
+        self._pending_results.clear()
+        while group := self._parts_to_merge():
+            self._merge(group)
+        return len(rows)
+
+    def _next_path(self) -> Path:
+        self._sequence += 1
+        return self._folder / part_name(self._lock.epoch, self._sequence)
+
+    def _open(self, out_dir: Path) -> None:
+        """Index the parts of earlier sessions, once they are free of what a crash left."""
+        while True:
+            try:
+                parts = recover_parts(self._folder, out_dir, self._next_path, self.warnings)
+                keys = _read_row_keys(parts)
+                twice = _later_doubles(keys, parts)
+                if not twice:
+                    return self._load(parts, keys)
+                drop_rows(parts, twice, self._next_path)
+            except DamagedPartError as error:
+                set_aside(error.path, self.warnings)
+
+    def _load(self, parts: list[Part], keys: Keys) -> None:
+        self._live = dict(enumerate(parts))
+        self._next_part_id = len(parts)
+        self._merged_into: dict[int, tuple[int, int]] = {}
+        self._done = SortedIndex(keys)
+        self._num_leading_rows = num_leading_rows(keys)
+        self._counts: Counter[str] = Counter()
+        ids = np.empty(len(keys), np.uint64)
+        locations = np.empty(len(keys), np.int64)
+        size = 0
+        for part_id, part in self._live.items():
+            table = read_columns(part, ["request_id", "status"])
+            self._counts.update(_count_values(table["status"]))
+            found, places = request_keys(table["request_id"])
+            ids[size : size + len(found)] = found
+            locations[size : size + len(found)] = _locations(part_id, places)
+            size += len(found)
+        self._requests = SortedIndex(ids[:size], locations[:size])
+
+    def _index(self, part: Part, table: pa.Table) -> None:
+        part_id = self._new_part_id(part)
+        self._done.extend(row_keys(table))
+        keys, places = request_keys(table["request_id"])
+        self._requests.extend(keys, _locations(part_id, places))
+
+    def _new_part_id(self, part: Part) -> int:
+        part_id = self._next_part_id
+        self._next_part_id += 1
+        self._live[part_id] = part
+        return part_id
+
+    def _parts_to_merge(self) -> list[int]:
+        """Return the parts of a tier that are enough for the next tier; each row moves up often
+        at most NUM_TIERS times, and about FANOUT * NUM_TIERS small parts remain."""
+        tiers: list[list[int]] = [[] for _ in range(NUM_TIERS)]
+        for part_id, part in self._live.items():
+            if part.num_rows < FINAL_ROWS and part.schema.equals(self._schema):
+                tiers[_tier(part.num_rows)].append(part_id)
+        for tier in tiers:
+            num_rows = sum(self._live[part_id].num_rows for part_id in tier)
+            if len(tier) >= FANOUT or num_rows >= FINAL_ROWS:
+                return tier
+        return []
+
+    def _merge(self, part_ids: list[int]) -> None:
+        parts = [self._live[part_id] for part_id in part_ids]
+        self._lock.check()
+        merged_id = self._new_part_id(merge_parts(self._next_path(), parts))
+        first_row = 0
+        for part_id, part in zip(part_ids, parts, strict=True):
+            self._merged_into[part_id] = (merged_id, first_row)
+            first_row += part.num_rows
+            del self._live[part_id]
+
+    def _read_result(self, location: int, request_id: str) -> RenderResult | None:
+        """Return the result at `location`, or None if another request of the same key is there."""
+        part_id, row = location >> 32, location & 0xFFFF_FFFF
+        while part_id in self._merged_into:
+            part_id, first_row = self._merged_into[part_id]
+            row += first_row
+        starts = self._live[part_id].row_group_starts
+        group = bisect_right(starts, row) - 1
+        table = self._read_row_group(part_id, group)
+        values = table.slice(row - starts[group], 1).to_pylist()[0]
+        return result_of(values) if values["request_id"] == request_id else None
+
+    def _read_row_group(self, part_id: int, group: int) -> pa.Table:
+        key = (part_id, group)
+        if key not in self._row_groups:
+            table = read_columns(self._live[part_id], RESULT_COLUMNS, group)
+            self._row_groups[key] = table
+        self._row_groups.move_to_end(key)
+        if len(self._row_groups) > NUM_CACHED_ROW_GROUPS:
+            self._row_groups.popitem(last=False)
+        return self._row_groups[key]
+
+
+def read_results(out_dir: str | Path) -> pa.Table:
+    """Return the metadata of a run, finished or not, sorted by row_index and image_index.
+
+    Raises OutputError if `out_dir` is not a run. A damaged part is left out, with a warning.
+    """
+    check_is_run(out_dir)
+    tables, damaged = map_parts(Path(out_dir) / METADATA_DIR, None, lambda table: table)
+    for path in damaged:
+        warnings.warn(f"{path}: damaged; its rows are left out", stacklevel=2)
+    empty = metadata_schema(pa.schema([])).empty_table()
+    table = pa.concat_tables([empty, *tables], promote_options="default")
+    keys = row_keys(table)
+    order = np.argsort(keys, kind="stable")
+    is_first = np.ones(len(keys), dtype=bool)
+    is_first[1:] = np.diff(keys[order]) > 0
+    return table.take(pa.array(order[is_first])).combine_chunks().replace_schema_metadata()
+
+
+def count_statuses(out_dir: str | Path) -> Counter[str]:
+    """Return the number of committed rows by status. Raises OutputError if it is not a run."""
+    check_is_run(out_dir)
+    folder = Path(out_dir) / METADATA_DIR
+    counts, _ = map_parts(folder, ["status"], lambda table: _count_values(table["status"]))
+    return sum(counts, Counter())
+
+
+def _read_row_keys(parts: list[Part]) -> Keys:
+    keys = np.empty(sum(part.num_rows for part in parts), np.uint64)
+    size = 0
+    for part in parts:
+        keys[size : size + part.num_rows] = row_keys(
+            read_columns(part, ["row_index", "image_index"])
+        )
+        size += part.num_rows
+    return keys
+
+
+def _later_doubles(keys: Keys, parts: list[Part]) -> dict[int, NDArray[np.int64]]:
+    """Return, by the part's index, the places of rows that stand in the table before."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    doubles = np.sort(order[1:][ordered[1:] == ordered[:-1]])
+    starts = np.cumsum([0, *(part.num_rows for part in parts)])
+    owners = np.searchsorted(starts, doubles, side="right") - 1
+    return {int(owner): doubles[owners == owner] - starts[owner] for owner in np.unique(owners)}
+
+
+def _locations(part_id: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    return places | part_id << 32
+
+
+def _tier(num_rows: int) -> int:
+    return (max(num_rows, 1).bit_length() - 1) // FANOUT_BITS
+
+
+def _count_values(column: pa.ChunkedArray) -> Counter[str]:
+    return Counter({pair["values"]: pair["counts"] for pair in pc.value_counts(column).to_pylist()})

@@ -1,0 +1,153 @@
+"""The columns of the metadata table, in order, and the building of a table from ended rows.
+
+row_index, image_index come from the ManifestRow; the request's fields from its request, null
+if the row asked for none; the rest from the RenderResult; then the passed-through columns.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from raydiff import __version__
+from raydiff.request import ManifestRow, RenderResult
+
+ROW_COLUMNS = {"row_index": pa.int64(), "image_index": pa.int32()}
+
+REQUEST_COLUMNS = {
+    "model": pa.string(),
+    "task": pa.string(),
+    "prompt": pa.string(),
+    "negative_prompt": pa.string(),
+    "seed": pa.int64(),
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "num_inference_steps": pa.int32(),
+    "guidance_scale": pa.float64(),
+    "guidance_rescale": pa.float64(),
+    "sampler": pa.string(),
+    "strength": pa.float64(),
+    "init_image": pa.string(),
+    "init_image_sha256": pa.string(),
+    "model_revision": pa.string(),
+}
+
+OUTCOME_COLUMNS = {
+    "status": pa.string(),
+    "error": pa.string(),
+    "file_name": pa.string(),
+    "sha256": pa.string(),
+    "size_bytes": pa.int64(),
+}
+
+COST_COLUMNS = {
+    "profile": pa.string(),
+    "dtype": pa.string(),
+    "batch_size": pa.int32(),
+    "worker_id": pa.string(),
+    "node": pa.string(),
+    "device": pa.string(),
+    "encode_s": pa.float64(),
+    "denoise_s": pa.float64(),
+    "decode_s": pa.float64(),
+    "write_s": pa.float64(),
+    "peak_vram_bytes": pa.int64(),
+}
+
+COLUMNS: dict[str, pa.DataType] = {
+    "request_id": pa.string(),
+    **ROW_COLUMNS,
+    **OUTCOME_COLUMNS,
+    **REQUEST_COLUMNS,
+    **COST_COLUMNS,
+    "raydiff_version": pa.string(),
+    "finished_at": pa.timestamp("us", "UTC"),
+    "warning": pa.string(),
+}
+
+RESULT_COLUMNS = ("request_id", *OUTCOME_COLUMNS, *COST_COLUMNS, "finished_at", "warning")
+"""What a RenderResult is read back from; each is one of its fields."""
+
+REPEATING_COLUMNS = (
+    *("status", "error", "model", "task", "prompt", "negative_prompt", "height", "width"),
+    *("num_inference_steps", "guidance_scale", "guidance_rescale", "sampler", "strength"),
+    *("init_image", "init_image_sha256", "model_revision", "profile", "dtype", "batch_size"),
+    *("worker_id", "node", "device", "encode_s", "denoise_s", "decode_s", "peak_vram_bytes"),
+    *("raydiff_version", "warning"),
+)
+"""Columns whose values repeat from row to row: dictionary-encoded in the file."""
+
+
+def metadata_schema(extra_schema: pa.Schema) -> pa.Schema:
+    """Return the table's schema: COLUMNS, then the passed-through ones."""
+    clashes = [name for name in extra_schema.names if name in COLUMNS]
+    if clashes:
+        raise ValueError(f"column {clashes[0]!r} is both the metadata's own and passed through")
+    fields = [pa.field(name, type_) for name, type_ in COLUMNS.items()]
+    return pa.schema([*fields, *extra_schema]).remove_metadata()
+
+
+def build_table(
+    rows: Sequence[tuple[ManifestRow, RenderResult]], extra_schema: pa.Schema
+) -> pa.Table:
+    """Return the metadata of ended rows as a table of `metadata_schema(extra_schema)`."""
+    columns = {name: _column(_values(name, rows), type_) for name, type_ in COLUMNS.items()}
+    table = pa.table(columns)
+    if len(extra_schema):
+        batches = [_extra(row, extra_schema) for row, _ in rows]
+        extra = pa.Table.from_batches(batches, schema=extra_schema).combine_chunks()
+        for field, column in zip(extra_schema, extra.columns, strict=True):
+            table = table.append_column(field, column)
+    return table.cast(metadata_schema(extra_schema))
+
+
+def result_of(values: dict[str, Any]) -> RenderResult:
+    """Return the RenderResult that a table row with RESULT_COLUMNS was built from."""
+    finished_at = values.get("finished_at")
+    return RenderResult(
+        **{**values, "finished_at": None if finished_at is None else finished_at.timestamp()}
+    )
+
+
+def _values(name: str, rows: Sequence[tuple[ManifestRow, RenderResult]]) -> list[Any]:
+    if name in ROW_COLUMNS:
+        return [getattr(row, name) for row, _ in rows]
+    if name in REQUEST_COLUMNS:
+        return [getattr(row.request, name) if row.request else None for row, _ in rows]
+    match name:
+        case "raydiff_version":
+            return [__version__] * len(rows)
+        case "finished_at":
+            return [_microseconds(result.finished_at) for _, result in rows]
+        case "request_id":
+            return [result.request_id or None for _, result in rows]
+        case "error":
+            return [result.error or row.error for row, result in rows]
+        case _:
+            return [getattr(result, name) for _, result in rows]
+
+
+def _column(values: list[Any], type_: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, type_)
+    except UnicodeEncodeError:
+        # A prompt or a path from outside Parquet may hold bytes that are not UTF-8.
+        return pa.array(_printable(values), type_)
+
+
+def _printable(values: Iterable[str | None]) -> list[str | None]:
+    return [
+        None if value is None else value.encode("utf-8", "backslashreplace").decode("utf-8")
+        for value in values
+    ]
+
+
+def _microseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1_000_000)
+
+
+def _extra(row: ManifestRow, schema: pa.Schema) -> pa.RecordBatch:
+    if row.extra is None:
+        nulls = [pa.nulls(1, field.type) for field in schema]
+        return pa.RecordBatch.from_arrays(nulls, schema=schema)
+    return pa.RecordBatch.from_arrays(row.extra.columns, schema=schema)

@@ -1,0 +1,147 @@
+"""What a crash may have left in the metadata, put right before a run goes on: temporary and
+replaced parts, damaged parts, rows that stand twice, rows whose files a power loss took back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raydiff.errors import OutputError
+from raydiff.output.atomic import disk_error, replace_file
+from raydiff.output.part_files import (
+    TEMPORARY_PART_NAME,
+    Part,
+    list_parts,
+    read_columns,
+    remove_parts,
+    write_part,
+)
+
+BOOT_ID_FILE = ".boot_id"
+UNSYNCED_S = 120.0
+"""Age at which a written file is surely on the disk: Linux writes back after 30 to 35 s."""
+
+
+def recover_parts(
+    folder: Path, out_dir: Path, next_path: Callable[[], Path], warnings: list[str]
+) -> list[Part]:
+    """Return the table's parts, free of what a crash left. Adds to `warnings`."""
+    _remove_temporary_parts(folder)
+    parts = list_parts(folder)
+    remove_parts(parts.replaced)
+    for path in parts.damaged:
+        set_aside(path, warnings)
+    live = list(parts.live)
+    boot_id = _boot_id()
+    if _last_boot_id(folder) != boot_id:
+        live = _without_lost_files(live, out_dir, next_path, warnings)
+        try:
+            replace_file(folder / BOOT_ID_FILE, boot_id.encode())
+        except OSError as error:
+            raise disk_error(folder / BOOT_ID_FILE, error) from error
+    return live
+
+
+def set_aside(path: Path, warnings: list[str]) -> None:
+    """Rename a damaged part so that no reader takes it for one; its rows count as not done."""
+    aside = path.with_name(f".{path.name}.damaged")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise disk_error(aside, error) from error
+    warnings.append(
+        f"{path}: damaged; set aside as {aside.name}. The rows in it are rendered again."
+    )
+
+
+def drop_rows(
+    parts: Sequence[Part], rows: Mapping[int, NDArray[np.int64]], next_path: Callable[[], Path]
+) -> list[Part]:
+    """Return `parts` without the rows at these places, given by the part's index."""
+    shorter = [
+        _without_rows(part, rows[index], next_path()) if index in rows else part
+        for index, part in enumerate(parts)
+    ]
+    return [part for part in shorter if part is not None]
+
+
+def _without_rows(part: Part, rows: NDArray[np.int64], path: Path) -> Part | None:
+    """Replace `part` by one at `path` that lacks the rows at these places; None if none is left."""
+    keep = np.ones(part.num_rows, dtype=bool)
+    keep[rows] = False
+    shorter = None
+    if keep.any():
+        table = read_columns(part).filter(pa.array(keep))
+        shorter = write_part(path, iter([table]), replaces=[part])
+    remove_parts([part.path])
+    return shorter
+
+
+def _remove_temporary_parts(folder: Path) -> None:
+    """Remove parts that were never committed; the lock says that nobody is writing them."""
+    remove_parts([path for path in folder.iterdir() if TEMPORARY_PART_NAME.fullmatch(path.name)])
+
+
+def _without_lost_files(
+    parts: list[Part], out_dir: Path, next_path: Callable[[], Path], warnings: list[str]
+) -> list[Part]:
+    """Drop rows of the last session's end whose file is missing or cut.
+
+    Image files are not synced one by one. If the machine has restarted since (or this is another
+    one), files of the last minutes may be gone though their rows, which are synced, are there.
+    """
+    newest = max((part.last_finished_s for part in parts), default=float("-inf"))
+    lost = {}
+    for index, part in enumerate(parts):
+        if part.last_finished_s >= newest - UNSYNCED_S:
+            rows = _lost_rows(part, out_dir, since=newest - UNSYNCED_S)
+            if len(rows):
+                lost[index] = rows
+    if not lost:
+        return parts
+    num_lost = sum(len(rows) for rows in lost.values())
+    warnings.append(
+        f"{num_lost} rows lost their files when the machine went down; they are rendered again."
+    )
+    return drop_rows(parts, lost, next_path)
+
+
+def _lost_rows(part: Part, out_dir: Path, *, since: float) -> NDArray[np.int64]:
+    table = read_columns(part, ["status", "file_name", "size_bytes", "finished_at"])
+    finished_us = pc.fill_null(table["finished_at"].cast(pa.int64()), 0).to_numpy()
+    is_completed = pc.equal(table["status"], "completed").to_numpy(zero_copy_only=False)
+    recent = np.flatnonzero((finished_us >= since * 1e6) & is_completed)
+    names, sizes = table["file_name"], table["size_bytes"]
+    return np.array(
+        [row for row in recent if not _is_whole(out_dir, names[row].as_py(), sizes[row].as_py())],
+        dtype=np.int64,
+    )
+
+
+def _is_whole(out_dir: Path, file_name: str, size_bytes: int) -> bool:
+    try:
+        return (out_dir / file_name).stat().st_size == size_bytes
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise OutputError(
+            f"{out_dir / file_name}: cannot be read: {error.strerror}. Make it readable."
+        ) from error
+
+
+def _boot_id() -> str:
+    """Name this boot of this machine; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _last_boot_id(folder: Path) -> str | None:
+    try:
+        return (folder / BOOT_ID_FILE).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,292 @@
+"""OUT/run.json: what the run in this folder is, so that only the same run goes on in it."""
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raydiff import __version__
+from raydiff.config import RunConfig
+from raydiff.errors import OutputError
+from raydiff.output.atomic import disk_error, replace_file
+from raydiff.output.lock import LOCK_FILE, RunLock
+from raydiff.output.writer import remove_stale_files
+from raydiff.request import RECIPE_VERSION
+
+RUN_FILE = "run.json"
+LIBRARIES = ("torch", "ray", "pyarrow", "pillow", "numpy")
+MODEL_KEYS = ("name", "revision", "variant", "dtype", "vae_dtype")
+OUTPUT_KEYS = ("image", "quality", "strip_metadata")
+"""What decides what is in the files; the rest of the model and output sections is how they are
+made, and may change when a run is resumed."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Session(_Record):
+    """One driver's time with the run."""
+
+    epoch: int
+    started_at: str
+    host: str
+    pid: int
+    versions: dict[str, str]
+
+
+class RunFile(_Record):
+    """The content of run.json."""
+
+    manifest: str
+    """Where it was read from, without credentials."""
+    manifest_fingerprint: str
+    num_rows: int
+    """Rows of the manifest."""
+    models: dict[str, str]
+    """Revision of every model that rows were rendered with, by the name they use."""
+    recipe_version: int
+    config: dict[str, Any]
+    """The resolved RunConfig of the first session."""
+    created_at: str
+    sessions: tuple[Session, ...]
+
+
+class Run:
+    """A run that this process drives: its folder, its lock and its run.json."""
+
+    def __init__(self, out_dir: Path, lock: RunLock, file: RunFile, *, is_resumed: bool) -> None:
+        self.out_dir = out_dir
+        self.lock = lock
+        self.file = file
+        self.is_resumed = is_resumed
+
+    def add_model(self, name: str, revision: str) -> None:
+        """Record a model that a row names. Raises OutputError if it has changed since it was."""
+        known = self.file.models.get(name)
+        if known == revision:
+            return
+        if known is not None:
+            raise _another_run(self.out_dir, [_difference(f"model {name}", known, revision)])
+        self.file = self.file.model_copy(update={"models": {**self.file.models, name: revision}})
+        self.lock.check()
+        try:
+            _write(self.out_dir, self.file)
+        except OSError as error:
+            raise disk_error(self.out_dir / RUN_FILE, error) from error
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self.lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def start_run(
+    out_dir: str | Path,
+    *,
+    config: RunConfig,
+    manifest_uri: str,
+    manifest_fingerprint: str,
+    num_rows: int,
+    models: Mapping[str, str],
+) -> Run:
+    """Take a new or empty folder, or one with the same run, and lock it.
+
+    `models` gives the revision of each model known by now. Raises OutputError if the folder
+    cannot be used: not writable, another driver's, not a run, or a run of something else.
+    """
+    folder = Path(out_dir)
+    _make_folder(folder)
+    lock = RunLock(folder).acquire()
+    try:
+        wanted = RunFile(
+            manifest=_redacted(manifest_uri),
+            manifest_fingerprint=manifest_fingerprint,
+            num_rows=num_rows,
+            models=dict(models),
+            recipe_version=RECIPE_VERSION,
+            config=_resolved(config),
+            created_at=_now(),
+            sessions=(_session(lock),),
+        )
+        is_resumed = (folder / RUN_FILE).exists()
+        if is_resumed:
+            wanted = _continue(folder, read_run(folder), wanted)
+        _write(folder, wanted)
+        remove_stale_files(folder)
+    except OSError as error:
+        lock.release()
+        raise OutputError(f"output folder {folder}: {error.strerror}. Choose another --out.") from (
+            error
+        )
+    except BaseException:
+        lock.release()
+        raise
+    return Run(folder, lock, wanted, is_resumed=is_resumed)
+
+
+def read_run(out_dir: str | Path) -> RunFile:
+    """Read a folder's run.json. Raises OutputError if it is not a run."""
+    check_is_run(out_dir)
+    path = Path(out_dir) / RUN_FILE
+    try:
+        return RunFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise OutputError(
+            f"{path}: not a run file of raydiff {__version__}: {where} {problem['msg']}. "
+            "Use the version that wrote it, or another --out."
+        ) from None
+
+
+def check_is_run(out_dir: str | Path) -> None:
+    """Raise OutputError if `out_dir` is not the output folder of a run."""
+    folder = Path(out_dir)
+    try:
+        is_folder, is_run = folder.is_dir(), (folder / RUN_FILE).is_file()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be read: {error.strerror}") from None
+    if not is_folder:
+        raise OutputError(f"{folder}: no such folder. Name the output folder of a run.")
+    if not is_run:
+        raise OutputError(f"{folder}: not a run: it has no {RUN_FILE}. Name a run's output folder.")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder if its parent is there; refuse one that holds anything but a run."""
+    try:
+        folder.mkdir(exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        raise OutputError(
+            f"output folder {folder}: {folder.parent} does not exist. Make it, or choose another "
+            "--out."
+        ) from None
+    except OSError as error:
+        raise OutputError(
+            f"output folder {folder}: {error.strerror}. Choose another --out."
+        ) from None
+    if RUN_FILE not in names and names - {LOCK_FILE}:
+        raise OutputError(
+            f"output folder {folder}: it holds {min(names)!r} and is not a run. "
+            "Choose a new or empty folder as --out."
+        )
+
+
+def _continue(folder: Path, last: RunFile, wanted: RunFile) -> RunFile:
+    """Return the run file of a further session of `last`. Raises OutputError if it is not one."""
+    differences = list(_differences(last, wanted))
+    if differences:
+        raise _another_run(folder, differences)
+    return last.model_copy(
+        update={
+            "models": {**last.models, **wanted.models},
+            "sessions": (*last.sessions, *wanted.sessions),
+        }
+    )
+
+
+def _differences(last: RunFile, wanted: RunFile) -> Iterator[str]:
+    if last.manifest_fingerprint != wanted.manifest_fingerprint:
+        yield _difference("manifest", _manifest(last), _manifest(wanted))
+    if last.recipe_version != wanted.recipe_version:
+        yield _difference("recipe", last.recipe_version, wanted.recipe_version)
+    for name in sorted(last.models.keys() & wanted.models.keys()):
+        if last.models[name] != wanted.models[name]:
+            yield _difference(f"revision of model {name}", last.models[name], wanted.models[name])
+    old, new = _pixel_settings(last), _pixel_settings(wanted)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield _difference(key, old.get(key), new.get(key))
+
+
+def _pixel_settings(file: RunFile) -> dict[str, Any]:
+    """Return the settings that must not change in the middle of a run."""
+    settings = {f"defaults.{key}": value for key, value in file.config["defaults"].items()}
+    model = {key: file.config["model"].get(key) for key in MODEL_KEYS}
+    if model["name"] in file.models:
+        # The same checkpoint under another path or name is the same model.
+        model = {**model, "name": file.models[model["name"]], "revision": None}
+    output = {key: file.config["output"].get(key) for key in OUTPUT_KEYS}
+    if output["image"] == "png":
+        del output["quality"]
+    settings |= {f"model.{key}": value for key, value in model.items()}
+    return settings | {f"output.{key}": value for key, value in output.items()}
+
+
+def _difference(subject: str, old: object, new: object) -> str:
+    return f"{subject} was {old}, now is {new}"
+
+
+def _manifest(file: RunFile) -> str:
+    return f"{file.manifest} ({file.num_rows:,} rows, {file.manifest_fingerprint[:12]})"
+
+
+def _another_run(folder: Path, differences: list[str]) -> OutputError:
+    return OutputError(
+        f"output folder {folder}: it holds another run: {'; '.join(differences)}. "
+        "Choose another --out, or give the run what it was started with."
+    )
+
+
+def _write(folder: Path, file: RunFile) -> None:
+    replace_file(folder / RUN_FILE, (file.model_dump_json(indent=2) + "\n").encode())
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    if values["manifest"] is not None:
+        values["manifest"] = _redacted(values["manifest"])
+    return values
+
+
+def _redacted(uri: str) -> str:
+    """Take passwords and signed queries out of a URI: run.json is shared with the images."""
+    if "://" not in uri:
+        return uri
+    return re.sub(r"\?.*", "", re.sub(r"://[^/]*@", "://", uri), flags=re.DOTALL)
+
+
+def _session(lock: RunLock) -> Session:
+    return Session(
+        epoch=lock.epoch,
+        started_at=_now(),
+        host=platform.node(),
+        pid=os.getpid(),
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"raydiff": __version__, "python": sys.version.split()[0]}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,152 @@
+"""Image files, named by their request alone, so that a render repeated after a crash lands on
+itself and nothing in a prompt can choose a path."""
+
+import hashlib
+import itertools
+import os
+import platform
+import re
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raydiff import __version__
+from raydiff.config import OutputConfig
+from raydiff.errors import DiskError
+from raydiff.output.atomic import disk_error
+from raydiff.output.lock import is_process_alive
+from raydiff.output.media import encode_image
+from raydiff.request import RenderRequest
+
+IMAGES_DIR = "images"
+TEMPORARY_DIR = "images/.tmp"
+REQUEST_ID = re.compile(r"[0-9a-f]{32}")
+TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.(?P<host>[\w-]*)\.(?P<pid>\d+)\.[0-9a-f]{8}-\d+\.tmp")
+STALE_S = 3600.0
+"""Age at which a temporary file of another host, whose processes cannot be seen, is stale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenFile:
+    """A file in place. `file_name` is relative to the output folder, `/` separated."""
+
+    file_name: str
+    sha256: str
+    size_bytes: int
+    write_s: float
+
+
+class Writer:
+    """Encodes and writes images; any number of threads and processes may write at once, the same
+    image too.
+
+    Every file is written under images/.tmp and renamed, so it is whole or absent if a process
+    dies. It is not synced to the disk one by one: that costs 12 of 13 small files per second.
+    What a power loss takes back is found by its size when the run is resumed (see Ledger).
+    """
+
+    def __init__(self, out_dir: str | Path, config: OutputConfig) -> None:
+        self._out_dir = Path(out_dir)
+        self._config = config
+        self._folders: set[str] = set()
+        self._counter = itertools.count()
+        self._suffix = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+
+    def write(self, request: RenderRequest, pixels: NDArray[np.uint8]) -> WrittenFile:
+        """Write the image of `request`, uint8 (H, W, 3). Raises DiskError."""
+        started = time.perf_counter()
+        file_name = image_name(request.request_id, self._config)
+        metadata = None if self._config.strip_metadata else request_metadata(request)
+        data = encode_image(pixels, config=self._config, metadata=metadata)
+        self._save(file_name, request.request_id, data)
+        return WrittenFile(
+            file_name=file_name,
+            sha256=hashlib.sha256(data).hexdigest(),
+            size_bytes=len(data),
+            write_s=time.perf_counter() - started,
+        )
+
+    def _save(self, file_name: str, request_id: str, data: bytes) -> None:
+        path = self._out_dir / file_name
+        name = f"{request_id}.{self._suffix}-{next(self._counter)}.tmp"
+        temporary = self._out_dir / TEMPORARY_DIR / name
+        try:
+            self._make_folder(path.parent)
+            try:
+                _write_and_rename(temporary, path, data)
+            except FileNotFoundError:
+                # The folder was removed, or another driver took the temporary file for stale.
+                self._folders.clear()
+                self._make_folder(path.parent)
+                _write_and_rename(temporary, path, data)
+        except OSError as error:
+            raise disk_error(path, error) from error
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make `folder` and the one for temporary files, but never the output folder itself."""
+        if folder.name in self._folders:
+            return
+        (self._out_dir / IMAGES_DIR).mkdir(exist_ok=True)
+        (self._out_dir / TEMPORARY_DIR).mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        self._folders.add(folder.name)
+
+
+def image_name(request_id: str, config: OutputConfig) -> str:
+    """Return `images/ab/<request_id>.png`. Raises DiskError for anything but 32 hex digits."""
+    if not REQUEST_ID.fullmatch(request_id):
+        raise DiskError(f"request_id is {request_id!r}; a file name needs 32 hex digits")
+    return f"{IMAGES_DIR}/{request_id[:2]}/{request_id}.{config.image}"
+
+
+def request_metadata(request: RenderRequest) -> dict[str, Any]:
+    """Return what an image file says of its request: all but the paths of this machine."""
+    fields = asdict(request)
+    del fields["init_image"]
+    if request.model_revision.startswith("local-"):
+        fields["model"] = PurePath(request.model).name
+    known = {name: value for name, value in fields.items() if value is not None}
+    return {**known, "raydiff_version": __version__}
+
+
+def remove_stale_files(out_dir: str | Path) -> int:
+    """Remove what dead writers left under images/.tmp and return how many files that were."""
+    folder = Path(out_dir) / TEMPORARY_DIR
+    if not folder.is_dir():
+        return 0
+    num_removed = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match = TEMPORARY_NAME.fullmatch(entry.name)
+            if match and _is_stale(entry, match["host"], int(match["pid"])):
+                Path(entry.path).unlink(missing_ok=True)
+                num_removed += 1
+    return num_removed
+
+
+def _write_and_rename(temporary: Path, path: Path, data: bytes) -> None:
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", platform.node())
+
+
+def _is_stale(entry: os.DirEntry[str], host: str, pid: int) -> bool:
+    if host == _host() and not is_process_alive(pid):
+        return True
+    try:
+        return time.time() - entry.stat().st_mtime > STALE_S
+    except FileNotFoundError:
+        return False
