@@ -1,6 +1,7 @@
 """Which requests share forward passes: those of one model and size, in an order that depends on
 nothing but the requests. Pure: no clock, no randomness, memory bounded by the lookahead."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -128,13 +129,10 @@ class _Bucket:
     def __init__(self) -> None:
         self._queues: dict[int, deque[tuple[int, RenderRequest]]] = {}
         self._size = 0
+        self.first_arrival = math.inf
 
     def __len__(self) -> int:
         return self._size
-
-    @property
-    def first_arrival(self) -> int:
-        return min(queue[0][0] for queue in self._queues.values())
 
     def insert(self, arrival: int, request: RenderRequest) -> None:
         queue = self._queues.setdefault(request.num_inference_steps, deque())
@@ -143,6 +141,7 @@ class _Bucket:
         else:
             queue.append((arrival, request))
         self._size += 1
+        self.first_arrival = min(self.first_arrival, arrival)
 
     def pop(self, size: int) -> Iterator[RenderRequest]:
         """Yield the oldest request and its nearest in steps, `size` at most, as they arrived."""
@@ -157,6 +156,7 @@ class _Bucket:
             if len(taken) == size:
                 break
         self._size -= len(taken)
+        self.first_arrival = min((q[0][0] for q in self._queues.values()), default=math.inf)
         return (request for _, request in sorted(taken, key=lambda entry: entry[0]))
 
 
