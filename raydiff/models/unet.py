@@ -46,8 +46,8 @@ class UNetConfig:
         _check_options(config)
         options = {**_DEFAULTS, **config}
         result = cls(
-            in_channels=options["in_channels"],
-            out_channels=options["out_channels"],
+            in_channels=_positive(options, "in_channels"),
+            out_channels=_positive(options, "out_channels"),
             block_out_channels=_per_level(options, "block_out_channels"),
             has_attention=_attention_levels(options),
             # Misnamed there: `attention_head_dim` is the number of heads.
@@ -56,7 +56,7 @@ class UNetConfig:
             layers_per_block=_same_everywhere(options, "layers_per_block"),
             cross_attention_dim=_same_everywhere(options, "cross_attention_dim"),
             use_linear_projection=options["use_linear_projection"],
-            norm_num_groups=options["norm_num_groups"],
+            norm_num_groups=_positive(options, "norm_num_groups"),
             norm_eps=options["norm_eps"],
             addition_time_embed_dim=_text_time_width(options, "addition_time_embed_dim"),
             addition_embed_dim=_text_time_width(options, "projection_class_embeddings_input_dim"),
@@ -119,19 +119,19 @@ class UNet(nn.Module):
         self,
         sample: Tensor,
         timesteps: Tensor,
+        context: UNetContext | None = None,
+        *,
         prompt_embeds: Tensor | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
-        *,
-        context: UNetContext | None = None,
     ) -> Tensor:
         """sample (B, in, h, w), timesteps (B,) float or int -> prediction (B, out, h, w).
 
-        The prompt comes as `context` from `precompute_context`, or as its arguments.
+        The prompt comes as a context, or as the arguments of `precompute_context`.
         """
         if context is None:
             if prompt_embeds is None:
-                raise ValueError("UNet needs prompt_embeds or a context")
+                raise ValueError("UNet needs a context or prompt_embeds")
             context = self.precompute_context(prompt_embeds, text_embeds, time_ids)
         keys_values = iter(context.keys_values)
         time_activation = self._time_activation(timesteps, context.added_embedding)
@@ -469,14 +469,21 @@ def _text_time_width(options: Mapping[str, Any], name: str) -> int | None:
     return options[name]
 
 
+def _positive(options: Mapping[str, Any], name: str) -> int:
+    value = options[name]
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"UNet config: {name} is {value!r}; expected a positive integer")
+    return value
+
+
 def _check_divisible(config: UNetConfig) -> None:
     """Heads and norm groups must share a level's channels out evenly."""
-    for channels, heads in zip(config.block_out_channels, config.num_heads, strict=True):
-        for name, parts in (
-            ("attention_head_dim (heads)", heads),
-            ("norm_num_groups", config.norm_num_groups),
-        ):
-            if channels % parts:
+    for level, channels in enumerate(config.block_out_channels):
+        parts = {"norm_num_groups": config.norm_num_groups}
+        if config.has_attention[level] or level == len(config.block_out_channels) - 1:
+            parts["attention_head_dim (number of heads)"] = config.num_heads[level]
+        for name, number in parts.items():
+            if channels % number:
                 raise ModelError(
-                    f"UNet config: {name} is {parts}; it must divide block_out_channels {channels}"
+                    f"UNet config: {name} is {number}; it must divide block_out_channels {channels}"
                 )
