@@ -25,6 +25,8 @@ READ_BUFFER_BYTES = 2**20
 FINGERPRINT_BYTES = 2**18
 """Each file's end that is hashed: all of a small manifest, the footer and more of a large one."""
 MAGIC = b"PAR1"
+MIN_FILE_BYTES = 12
+"""Magic, footer length, magic."""
 
 
 class Part(Protocol):
@@ -218,7 +220,7 @@ def _read_footer(filesystem: Any, base: str, path: str) -> ParquetPart:
 def _check_magic(path: str, size_bytes: int, head: bytes, tail: bytes) -> None:
     if size_bytes == 0:
         raise ManifestError(f"manifest file {path} is empty (0 bytes). Write or copy it again.")
-    if head == MAGIC != tail:
+    if head == MAGIC and (tail != MAGIC or size_bytes < MIN_FILE_BYTES):
         raise ManifestError(
             f"manifest file {path} is cut off: {size_bytes:,} bytes that begin as Parquet and do "
             "not end so. Write or copy it again."

@@ -65,7 +65,7 @@ def check_schema(schema: pa.Schema, uri: str) -> None:
     if "prompt" not in names:
         raise ManifestError(
             f'manifest {uri} has no column "prompt"; {nearest("prompt", names)}'
-            f"It has: {', '.join(names) or 'no columns'}. Rename the one that holds the prompts."
+            f"found: {', '.join(names) or 'no columns'}. Rename the one that holds the prompts."
         )
     problems = [
         f'column "{name}" has the type {schema.field(name).type}; it needs {_wanted(column)}.'
@@ -126,7 +126,7 @@ def _check_text(name: str, value: str | bytes, choices: tuple[str, ...]) -> str:
         )
     if choices and value not in choices:
         hint = nearest(value[:100], choices)
-        raise RowError(f"{name} is {_quoted(value)}; {hint}It must be one of {', '.join(choices)}.")
+        raise RowError(f"{name} is {_quoted(value)}; {hint}known: {', '.join(choices)}.")
     return value
 
 
