@@ -106,7 +106,7 @@ def _vae_dtype(name: DTypeName, dtype: torch.dtype) -> torch.dtype:
 def _build(
     info: ModelInfo, profile: Profile, config: ModelConfig, dtype: torch.dtype
 ) -> StableDiffusionPipeline:
-    checkpoint = open_checkpoint(Path(info.path))
+    checkpoint = open_checkpoint(Path(info.path), variant=config.variant, dtype=config.dtype)
     vae_dtype = _vae_dtype(config.vae_dtype, dtype)
 
     def load(component: str, build: Callable[[], nn.Module], dtype: torch.dtype) -> Any:

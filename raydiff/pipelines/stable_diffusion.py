@@ -17,7 +17,7 @@ from raydiff.diffusion.noise import draw, row_generators
 from raydiff.diffusion.schedule import ScheduleConfig
 from raydiff.memory.profiles import Profile
 from raydiff.memory.residency import Residency
-from raydiff.models.autoencoder_kl import AutoencoderKL
+from raydiff.models.autoencoder_kl import AutoencoderKL, Moments, sample
 from raydiff.models.clip import CLIPTextEncoder
 from raydiff.models.tiling import tiled_decode, tiled_encode
 from raydiff.models.unet import UNet
@@ -114,7 +114,7 @@ class StableDiffusionPipeline(Pipeline):
         generators = row_generators([request.seed for request in requests])
         # The posterior sample of an init image is drawn before the row's noise, as in diffusers.
         init_latents = self._encode_init_images(requests, generators)
-        factor = self.parts.vae.config.scale_factor
+        factor = self.parts.vae.config.downscale
         first = requests[0]
         shape = (
             self.parts.vae.config.latent_channels,
@@ -151,7 +151,7 @@ class StableDiffusionPipeline(Pipeline):
     def decode(self, latents: Tensor) -> np.ndarray:
         """Decode latents (B, 4, h, w) to pixels (B, H, W, 3) uint8."""
         device = self._residency.device_of("vae")
-        factor = self.parts.vae.config.scale_factor
+        factor = self.parts.vae.config.downscale
         pixels_per_image = latents.shape[-2] * latents.shape[-1] * factor**2
         images_at_once = max(1, self.profile.vae_batch_pixels // pixels_per_image)
         decoded = []
@@ -168,7 +168,7 @@ class StableDiffusionPipeline(Pipeline):
         return self._vae_decode(raw)
 
     def _tiles(self, *, in_pixels: bool) -> dict[str, int]:
-        factor = 1 if in_pixels else self.parts.vae.config.scale_factor
+        factor = 1 if in_pixels else self.parts.vae.config.downscale
         return {"tile_size": VAE_TILE // factor, "overlap": VAE_TILE_OVERLAP // factor}
 
     def _negative_text(self, request: RenderRequest) -> str | None:
@@ -226,9 +226,9 @@ class StableDiffusionPipeline(Pipeline):
             moments = tiled_encode(vae, pixels, **self._tiles(in_pixels=True))
         else:
             moments = vae.encode(pixels)
-        mean, logvar = moments.mean.float(), moments.logvar.float()
-        noise = draw([generator], tuple(mean.shape[1:])).to(mean.device)
-        return vae.normalize(mean + torch.exp(0.5 * logvar) * noise)
+        moments = Moments(moments.mean.float(), moments.logvar.float())
+        noise = draw([generator], tuple(moments.mean.shape[1:])).to(pixels.device)
+        return vae.normalize(sample(moments, noise))
 
     def _attention_backends(self) -> AbstractContextManager[None]:
         if self.device.type == "cuda":

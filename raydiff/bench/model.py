@@ -1,0 +1,347 @@
+"""How fast one GPU renders: full-size models with random weights, eager and compiled, in stages,
+beside diffusers with the same shapes in the same run. No checkpoint is needed."""
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from raydiff.config import MemoryConfig
+from raydiff.diffusion.schedule import ScheduleConfig
+from raydiff.errors import ConfigError
+from raydiff.memory.gpus import visible_gpus
+from raydiff.memory.profiles import resolve_profile
+from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
+from raydiff.models.unet import UNet, UNetConfig
+from raydiff.pipelines.base import Rendered
+from raydiff.pipelines.load import FAMILIES
+from raydiff.pipelines.stable_diffusion import Components, StableDiffusionPipeline
+from raydiff.request import ModelInfo, RenderRequest
+from raydiff.tokenizer import CLIPTokenizer, write_tiny_tokenizer
+from raydiff.weights.published import PUBLISHED
+
+Mode = Literal["eager", "compiled"]
+
+NATIVE_SIZE = {"sd21": 768, "sdxl": 1024}
+PROMPT = "a photograph of a lighthouse on a cliff at dusk, number {index}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelBench:
+    """One measured way to render one batch; times are medians over the counted batches."""
+
+    renderer: str
+    """`raydiff` or `diffusers`."""
+    family: str
+    mode: Mode
+    dtype: str
+    batch_size: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    images_per_s: float
+    encode_s: float | None
+    denoise_s: float | None
+    decode_s: float | None
+    unet_tflop_per_s: float | None
+    """Arithmetic of the UNet alone (2 per multiply-add) over the denoising time."""
+    peak_vram_bytes: int
+    warm_up_s: float
+    """First batch: compilation and autotuning included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What every renderer is asked for."""
+
+    family: str
+    batch_size: int
+    size: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_batches: int
+
+    @property
+    def prompts(self) -> list[str]:
+        """Return one distinct prompt per image."""
+        return [PROMPT.format(index=index) for index in range(self.batch_size)]
+
+    def requests(self) -> list[RenderRequest]:
+        """Return the batch as requests with seeds 0, 1, 2, ..."""
+        return [
+            RenderRequest(
+                model=self.family,
+                model_revision="random",
+                task="txt2img",
+                prompt=prompt,
+                negative_prompt="",
+                seed=seed,
+                height=self.size,
+                width=self.size,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                guidance_rescale=0.0,
+                sampler="euler" if self.family == "sdxl" else "ddim",
+            )
+            for seed, prompt in enumerate(self.prompts)
+        ]
+
+
+def bench_model(job: Job, modes: Sequence[Mode], *, has_peer: bool) -> Iterator[ModelBench]:
+    """Measure raydiff, then diffusers if `has_peer`, in each mode; one result at a time."""
+    if not torch.cuda.is_available():
+        raise ConfigError("bench model measures a GPU, and torch sees none; run `raydiff doctor`")
+    flops = unet_flops(job)
+    for mode in modes:
+        yield _bench_raydiff(job, mode, flops)
+        if has_peer:
+            yield _bench_diffusers(job, mode, flops)
+
+
+def unet_flops(job: Job) -> int:
+    """Count the operations of one UNet forward pass of one row, on the meta device."""
+    config = UNetConfig.from_dict(PUBLISHED[job.family]["unet"])
+    with torch.device("meta"):
+        unet = UNet(config)
+        sample = torch.empty(1, 4, job.size // 8, job.size // 8)
+        timesteps = torch.empty(1)
+        embeds = torch.empty(1, 77, config.cross_attention_dim)
+        added: tuple[torch.Tensor, ...] = ()
+        if job.family == "sdxl":
+            added = (torch.empty(1, 1280), torch.empty(1, 6))
+        counter = FlopCounterMode(display=False)
+        with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            unet(sample, timesteps, unet.precompute_context(embeds, *added))
+    return int(counter.get_total_flops())
+
+
+def random_pipeline(family: str, *, is_compiled: bool) -> StableDiffusionPipeline:
+    """Build a full-size pipeline on the GPU in bfloat16, its weights drawn there."""
+    published = PUBLISHED[family]
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    encoders = {
+        name: _random_module(CLIPTextEncoder, CLIPTextConfig.from_dict(config), dtype)
+        for name, config in published.items()
+        if name.startswith("text_encoder")
+    }
+    unet = _random_module(UNet, UNetConfig.from_dict(published["unet"]), dtype)
+    vae = _random_module(AutoencoderKL, AutoencoderKLConfig.from_dict(published["vae"]), dtype)
+    for encoder in encoders.values():
+        encoder.prepare_for_inference()
+    unet.prepare_for_inference(channels_last=True)
+    vae.prepare_for_inference(channels_last=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_tokenizer(Path(folder), "!")
+        tokenizer = CLIPTokenizer.from_folder(Path(folder))
+    return FAMILIES[family](
+        info=_info(family),
+        profile=resolve_profile(MemoryConfig(profile="full_gpu"), family, {}, visible_gpus()[0]),
+        components=Components(
+            unet=unet,
+            vae=vae,
+            text_encoders=encoders,
+            tokenizers=dict.fromkeys(encoders, tokenizer),
+            schedule=ScheduleConfig.from_dict(published["scheduler"]),
+            has_zero_negative=False,
+        ),
+        dtype=dtype,
+        vae_dtype=dtype,
+        is_compiled=is_compiled,
+    )
+
+
+def _random_module(build: Callable[[Any], Any], config: Any, dtype: torch.dtype) -> Any:
+    """Build on the meta device and draw each weight on the GPU, scaled by its fan-in."""
+    with torch.device("meta"):
+        module: nn.Module = build(config)
+    module = module.to(dtype).to_empty(device="cuda").requires_grad_(False).eval()
+    _randomise(module)
+    return module
+
+
+def _randomise(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        data = parameter.data
+        if data.ndim > 1:
+            data.normal_(std=data[0].numel() ** -0.5)
+        elif name.endswith("weight"):
+            data.normal_(mean=1.0, std=0.05)
+        else:
+            data.normal_(std=0.02)
+
+
+def _info(family: str) -> ModelInfo:
+    size = NATIVE_SIZE[family]
+    return ModelInfo(
+        name=family,
+        family=family,
+        path="",
+        revision="random",
+        tasks=("txt2img",),
+        default_height=size,
+        default_width=size,
+        size_multiple=8,
+        default_num_inference_steps=50,
+        default_guidance_scale=7.5,
+        default_strength=0.8,
+        default_sampler="euler",
+        num_parameters={},
+    )
+
+
+@contextmanager
+def _clean_gpu() -> Iterator[None]:
+    """Start with an empty allocator and leave one behind, so that peaks are one renderer's."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _bench_raydiff(job: Job, mode: Mode, flops: int) -> ModelBench:
+    with _clean_gpu():
+        pipeline = random_pipeline(job.family, is_compiled=mode == "compiled")
+        requests = job.requests()
+        warm_up_s, _ = _timed(lambda: pipeline.render(requests))
+        peak = 0
+        seconds: list[float] = []
+        rendered: list[Rendered] = []
+        for _ in range(job.num_batches):
+            elapsed_s, batch = _timed(lambda: pipeline.render(requests))
+            seconds.append(elapsed_s)
+            rendered.append(batch)
+            peak = max(peak, batch.peak_vram_bytes or 0)
+        denoise_s = median(batch.denoise_s for batch in rendered)
+        return ModelBench(
+            renderer="raydiff",
+            mode=mode,
+            images_per_s=job.batch_size / median(seconds),
+            encode_s=median(batch.encode_s for batch in rendered),
+            denoise_s=denoise_s,
+            decode_s=median(batch.decode_s for batch in rendered),
+            unet_tflop_per_s=_unet_tflops(job, flops, denoise_s),
+            peak_vram_bytes=peak,
+            warm_up_s=warm_up_s,
+            **_shape(job),
+        )
+
+
+def _bench_diffusers(job: Job, mode: Mode, flops: int) -> ModelBench:
+    with _clean_gpu():
+        pipe = _diffusers_pipeline(job.family)
+        if mode == "compiled":
+            pipe.unet.to(memory_format=torch.channels_last)
+            pipe.vae.to(memory_format=torch.channels_last)
+            pipe.unet = torch.compile(pipe.unet, fullgraph=True, dynamic=False)
+            pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, dynamic=False)
+        arguments = {
+            "prompt": job.prompts,
+            "negative_prompt": [""] * job.batch_size,
+            "height": job.size,
+            "width": job.size,
+            "num_inference_steps": job.num_inference_steps,
+            "guidance_scale": job.guidance_scale,
+        }
+
+        def render(output_type: str) -> Any:
+            seeds = range(job.batch_size)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            return pipe(**arguments, generator=generators, output_type=output_type)
+
+        warm_up_s, _ = _timed(lambda: render("np"))
+        seconds = [_timed(lambda: render("np"))[0] for _ in range(job.num_batches)]
+        latent_s, _ = _timed(lambda: render("latent"))  # encode and denoise, without the VAE
+        return ModelBench(
+            renderer="diffusers",
+            mode=mode,
+            images_per_s=job.batch_size / median(seconds),
+            encode_s=None,
+            denoise_s=latent_s,
+            decode_s=median(seconds) - latent_s,
+            unet_tflop_per_s=_unet_tflops(job, flops, latent_s),
+            peak_vram_bytes=torch.cuda.max_memory_reserved(),
+            warm_up_s=warm_up_s,
+            **_shape(job),
+        )
+
+
+def _diffusers_pipeline(family: str) -> Any:
+    """Build the same pipeline from diffusers' classes and configs, random weights in bfloat16."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"the peer needs diffusers and transformers: {error}") from None
+    published = PUBLISHED[family]
+    parts: dict[str, Any] = {}
+    with torch.device("meta"):
+        for name, config in published.items():
+            if name.startswith("text_encoder"):
+                builder = getattr(transformers, config["architectures"][0])
+                parts[name] = builder(transformers.CLIPTextConfig.from_dict(config))
+        parts["unet"] = diffusers.UNet2DConditionModel.from_config(published["unet"])
+        parts["vae"] = diffusers.AutoencoderKL.from_config(published["vae"])
+    for name, module in parts.items():
+        module = module.to(torch.bfloat16).to_empty(device="cuda").eval()
+        _randomise(module)
+        for buffer_name, buffer in module.named_buffers():
+            if buffer_name.endswith("position_ids"):
+                buffer.copy_(torch.arange(buffer.shape[-1], device="cuda").expand(buffer.shape))
+        parts[name] = module
+    scheduler = getattr(diffusers, published["scheduler"]["_class_name"])
+    parts["scheduler"] = scheduler.from_config(published["scheduler"])
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_tokenizer(Path(folder), "!")
+        for name in [name for name in parts if name.startswith("text_encoder")]:
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, pad_token="!")
+            parts[name.replace("text_encoder", "tokenizer")] = tokenizer
+    if family == "sdxl":
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipe = diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _timed(render: Callable[[], Any]) -> tuple[float, Any]:
+    torch.cuda.synchronize()
+    started = perf_counter()
+    result = render()
+    torch.cuda.synchronize()
+    return perf_counter() - started, result
+
+
+def _unet_tflops(job: Job, flops: int, denoise_s: float) -> float:
+    rows = job.batch_size * (2 if job.guidance_scale > 1 else 1)
+    return flops * rows * job.num_inference_steps / denoise_s / 1e12
+
+
+def _shape(job: Job) -> dict[str, Any]:
+    return {
+        "family": job.family,
+        "dtype": "bfloat16",
+        "batch_size": job.batch_size,
+        "height": job.size,
+        "width": job.size,
+        "num_inference_steps": job.num_inference_steps,
+        "guidance_scale": job.guidance_scale,
+    }

@@ -1,0 +1,72 @@
+"""`raydiff bench`: measure the models on a GPU and the engine on any machine."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+GIB = 1024**3
+
+
+@click.group()
+def bench() -> None:
+    """Measure the engine and the models on this machine."""
+
+
+@bench.command("model")
+@click.argument("family", type=click.Choice(["sd21", "sdxl"]))
+@click.option("--mode", "modes", multiple=True, type=click.Choice(["eager", "compiled"]))
+@click.option("--batch-size", default=8, show_default=True)
+@click.option("--size", type=int, help="Height and width; the default is the model's own.")
+@click.option("--steps", default=30, show_default=True)
+@click.option("--guidance-scale", default=5.0, show_default=True)
+@click.option("--batches", default=3, show_default=True, help="Counted batches of each kind.")
+@click.option("--peer/--no-peer", default=True, help="Measure diffusers beside it.")
+@click.option("--json", "is_json", is_flag=True, help="Print one JSON object per line.")
+def bench_model(
+    family: str,
+    modes: tuple[Any, ...],
+    batch_size: int,
+    size: int | None,
+    steps: int,
+    guidance_scale: float,
+    batches: int,
+    peer: bool,
+    is_json: bool,
+) -> None:
+    """Render full-size FAMILY models with random weights on the GPU, in bfloat16.
+
+    \b
+    raydiff bench model sdxl
+    raydiff bench model sd21 --mode compiled --batch-size 16
+    """
+    from raydiff.bench.model import NATIVE_SIZE, Job, bench_model
+
+    job = Job(
+        family=family,
+        batch_size=batch_size,
+        size=size or NATIVE_SIZE[family],
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        num_batches=batches,
+    )
+    for result in bench_model(job, modes or ("eager", "compiled"), has_peer=peer):
+        if is_json:
+            click.echo(json.dumps(asdict(result)))
+            continue
+        stages = ", ".join(
+            f"{name} {seconds:.3f} s"
+            for name, seconds in (
+                ("encode", result.encode_s),
+                ("denoise", result.denoise_s),
+                ("decode", result.decode_s),
+            )
+            if seconds is not None
+        )
+        click.echo(
+            f"{result.renderer:<9} {family} {result.mode:<8} "
+            f"{result.images_per_s:6.3f} images/s  {stages}  "
+            f"{result.unet_tflop_per_s:.0f} TFLOP/s  peak {result.peak_vram_bytes / GIB:.1f} GiB  "
+            f"first batch {result.warm_up_s:.0f} s"
+        )
