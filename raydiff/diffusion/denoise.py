@@ -110,7 +110,7 @@ class DenoiseState:
         self._input_scale = _upload(input_scale, device)  # (E,)
         self._timesteps = _upload(timesteps, device)  # (E,)
 
-        num_kept = 1 + int(np.flatnonzero(self._writes.any(axis=0)).max())
+        num_kept = 1 + int(np.flatnonzero(self._writes.any(axis=0)).max(initial=0))
         self._kept = [start, *[torch.zeros_like(start) for _ in range(num_kept - 1)]]
         self._rows: tuple[int, ...]
         self._lines: NDArray[np.int64]

@@ -131,7 +131,7 @@ class ScheduleConfig:
                 raise _error(key, given[key], "it is not supported; it must be off or absent")
         if given.get("predict_x0") is False:
             raise _error("predict_x0", False, "only true is supported")
-        if given.get("lambda_min_clipped", -math.inf) > -1e9:
+        if given.get("lambda_min_clipped", -math.inf) != -math.inf:
             raise _error("lambda_min_clipped", given["lambda_min_clipped"], "it must be -inf")
         if given.get("use_karras_sigmas") and given.get("use_exponential_sigmas"):
             raise _error("use_karras_sigmas", True, "use_exponential_sigmas is true as well")
@@ -188,10 +188,11 @@ def alphas_cumprod(schedule: Schedule) -> FloatArray:
 @lru_cache(maxsize=64)
 def train_sigmas(schedule: Schedule) -> NDArray[np.float32]:
     """Return the (num_train_timesteps,) noise-to-signal ratio of each timestep, rising."""
-    alphas = alphas_cumprod(schedule).astype(np.float32)
+    alphas = torch.from_numpy(alphas_cumprod(schedule)).float()
     if schedule.rescale_betas_zero_snr:
         alphas[-1] = ZERO_SNR_ALPHA
-    return cast(NDArray[np.float32], np.sqrt((np.float32(1) - alphas) / alphas))
+    # A power, for the reference's last bit: torch rounds sqrt differently.
+    return cast(NDArray[np.float32], (((1 - alphas) / alphas) ** 0.5).numpy())
 
 
 def spaced_timesteps(
@@ -263,10 +264,15 @@ def _respaced(schedule: Schedule, largest: float, smallest: float, num_steps: in
 
 
 def _timesteps_of(schedule: Schedule, sigmas: FloatArray) -> FloatArray:
-    """Return the fractional timestep of each sigma, linear in log sigma."""
-    log_table = np.log(train_sigmas(schedule))
+    """Return the fractional timestep of each sigma, linear in log sigma.
+
+    The gaps between the table's logs are float32, as the reference's: its timesteps to the bit.
+    """
+    table = np.log(train_sigmas(schedule))
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
-    return np.interp(log_sigmas, log_table, np.arange(len(log_table)))
+    low = np.clip(np.searchsorted(table, log_sigmas, side="right") - 1, 0, len(table) - 2)
+    above = np.clip((table[low] - log_sigmas) / (table[low] - table[low + 1]), 0, 1)
+    return cast(FloatArray, (1 - above) * low + above * (low + 1))
 
 
 def _with_final(schedule: Schedule, sigmas: FloatArray) -> FloatArray:
@@ -286,8 +292,10 @@ def _zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
 def _checked(key: str, value: Any) -> Any:
     """Return the value of a known key, or raise when it is not of the key's type."""
     default = getattr(Schedule(), key)
-    if key == "trained_betas" and isinstance(value, list | tuple):
-        return tuple(float(beta) for beta in value)
+    if key == "trained_betas":
+        if not isinstance(value, list) or not all(isinstance(beta, float) for beta in value):
+            raise _error(key, value, "expected a list of numbers")
+        return tuple(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
