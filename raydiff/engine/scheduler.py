@@ -161,6 +161,16 @@ class Scheduler:
         """Batches that workers hold."""
         return sum(len(slot.in_flight) for slot in self._slots.values())
 
+    @property
+    def worker_states(self) -> dict[str, str]:
+        """Per worker: empty, starting, idle, busy, or lost (it could not be started)."""
+        return {
+            slot.worker_id: ("busy" if slot.in_flight else "idle")
+            if slot.state == "ready"
+            else slot.state
+            for slot in self._slots.values()
+        }
+
     def offer(self, request: RenderRequest) -> None:
         """Queue a request."""
         self._batcher.add(request)
@@ -172,6 +182,11 @@ class Scheduler:
     def drain(self) -> None:
         """Let the batches in flight end, and start nothing more."""
         self._is_draining = True
+
+    def abort(self, error: RaydiffError) -> None:
+        """Drain, then end the run with `error`; the first error stands."""
+        self._is_draining = True
+        self._error = self._error or error
 
     def handle(self, event: Event) -> None:
         """Take in what a worker reports; reports of replaced workers are ignored."""
@@ -214,7 +229,7 @@ class Scheduler:
         slot.model = None
         slot.batch_sizes.clear()
         if event.error is not None:
-            self._abort(event.error)
+            self.abort(event.error)
         elif was_starting:
             self._start_failed(slot, event.reason)
         elif held:
@@ -228,7 +243,7 @@ class Scheduler:
             other.state in ("starting", "ready") for other in self._slots.values()
         )
         if slot.state == "lost" and is_hopeless:
-            self._abort(EngineError(f"no worker could start: {reason}"))
+            self.abort(EngineError(f"no worker could start: {reason}"))
 
     def _crashed(self, held: deque[_InFlight], reason: str) -> None:
         """Blame the oldest batch, and put all of them back to be retried alone."""
@@ -245,7 +260,7 @@ class Scheduler:
             self._suspects.appendleft(suspect)
         self._num_crashes_without_result += 1
         if self._num_crashes_without_result >= MAX_CRASHES_WITHOUT_RESULT:
-            self._abort(
+            self.abort(
                 EngineError(
                     f"workers died {self._num_crashes_without_result} times in a row without "
                     f"one finished image; the last: {reason}"
@@ -271,11 +286,6 @@ class Scheduler:
         )
         self._decisions.append(EndRequest(result=result))
 
-    def _abort(self, error: RaydiffError) -> None:
-        """Drain, then end the run with `error`; the first error stands."""
-        self._is_draining = True
-        self._error = self._error or error
-
     # -- replies -------------------------------------------------------------------------------
 
     def _batch_done(self, slot: _Slot, reply: BatchReply) -> None:
@@ -291,7 +301,7 @@ class Scheduler:
         self._num_crashes_without_result = 0
         self._decisions.extend(EndRequest(result=result) for result in reply.results)
         if reply.disk_error is not None:
-            self._abort(DiskError(reply.disk_error))
+            self.abort(DiskError(reply.disk_error))
 
     # -- starts and dispatch -------------------------------------------------------------------
 
@@ -327,11 +337,11 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         """Fill the workers' windows: suspects first, each to an idle worker, then new batches."""
-        for slot in self._slots.values():
-            if self._suspects and slot.state == "ready" and not slot.in_flight:
+        for idle in self._slots.values():
+            if self._suspects and idle.state == "ready" and not idle.in_flight:
                 suspect = self._suspects.popleft()
                 suspect.is_alone = True
-                self._send(slot, suspect)
+                self._send(idle, suspect)
         while (slot := self._shortest_queue()) is not None:
             batch = self._batcher.take(
                 partial(self._batch_size, slot),
@@ -366,7 +376,9 @@ class Scheduler:
             or (self._has_room(other) and len(other.in_flight) <= depth)
             for other in self._slots.values()
         )
-        return -(-len(self._batcher) // num_takers)
+        share = -(-len(self._batcher) // num_takers)
+        # Pipelines pad a batch to a power of two: 9 rows would cost what 16 do.
+        return 1 << (share.bit_length() - 1)
 
     def _send(self, slot: _Slot, held: _InFlight) -> None:
         self._num_batches += 1

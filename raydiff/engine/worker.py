@@ -128,7 +128,8 @@ class Worker:
         disk_error = None
         for write in writes:
             try:
-                results += await asyncio.wrap_future(write)
+                rows = await asyncio.wrap_future(write)
+                results += rows
             except DiskError as error:
                 disk_error = str(error)
         return BatchReply(
@@ -140,8 +141,9 @@ class Worker:
 
     def _start_renderer(self) -> str:
         module, _, name = self._spec.renderer.partition(":")
-        self._renderer: Renderer = getattr(import_module(module), name)(**self._spec.arguments)
-        return self._renderer.start()
+        renderer: Renderer = getattr(import_module(module), name)(**self._spec.arguments)
+        self._renderer = renderer
+        return renderer.start()
 
     def _render_passes(self, batch: RenderBatch) -> list["Future[list[RenderResult]]"]:
         """Render in as many passes as memory and bad rows need; return the writes under way.

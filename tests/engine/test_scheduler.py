@@ -125,11 +125,11 @@ def test_nothing_is_started_without_rows() -> None:
 
 
 def test_the_last_rows_are_shared_out() -> None:
-    machine = scheduler(num_workers=2, num_rows=6)
+    machine = scheduler(num_workers=2, num_rows=6, batch_size=8)
     machine.decide(0.0)
     machine.handle(ready("w0"))
     machine.handle(ready("w1"))
-    assert sizes(machine.decide(0.1)) == [("w0", 3), ("w1", 3)]
+    assert sizes(machine.decide(0.1)) == [("w0", 2), ("w1", 4)]
 
 
 def test_an_idle_worker_does_not_wait_for_a_full_queue() -> None:

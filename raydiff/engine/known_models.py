@@ -1,0 +1,49 @@
+"""The models that the rows of a run name, each found once."""
+
+from collections.abc import Callable
+from functools import partial
+
+from raydiff.config import ModelConfig
+from raydiff.errors import ModelError
+from raydiff.request import ModelInfo
+from raydiff.weights.resolve import resolve_model
+
+
+class KnownModels:
+    """Finds models by name and remembers both what was found and what was not."""
+
+    def __init__(self, find: Callable[[str], ModelInfo]) -> None:
+        self._find = find
+        self._found: dict[str, ModelInfo] = {}
+        self._missing: dict[str, ModelError] = {}
+        self.on_found: Callable[[str, ModelInfo], None] | None = None
+        """Called with each further name and what it stands for."""
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """The revision of each model found so far, by the name that rows use."""
+        return {name: info.revision for name, info in self._found.items()}
+
+    def __call__(self, name: str) -> ModelInfo:
+        """Return the model, downloaded if need be. Raises ModelError, the same each time."""
+        if name in self._missing:
+            raise self._missing[name]
+        if name not in self._found:
+            try:
+                self._found[name] = self._find(name)
+            except ModelError as error:
+                self._missing[name] = error
+                raise
+            if self.on_found is not None:
+                self.on_found(name, self._found[name])
+        return self._found[name]
+
+
+def known_models(config: ModelConfig) -> KnownModels:
+    """Return the models of a run; `model.revision` is that of `model.name` alone."""
+    return KnownModels(partial(_resolve, config))
+
+
+def _resolve(config: ModelConfig, name: str) -> ModelInfo:
+    revision = config.revision if name == config.name else None
+    return resolve_model(name, revision=revision, variant=config.variant, dtype=config.dtype)

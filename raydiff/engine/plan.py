@@ -1,0 +1,159 @@
+"""What a run would do, without doing it: rows, duplicates, bad rows, batches, what is done."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from raydiff.batching import BatchKey
+from raydiff.config import RunConfig
+from raydiff.engine.known_models import KnownModels, known_models
+from raydiff.errors import ConfigError
+from raydiff.manifest.reader import Manifest, open_manifest, prompts_manifest
+from raydiff.manifest.rows import read_rows
+from raydiff.memory.gpus import GpuInfo, visible_gpus
+from raydiff.memory.profiles import Profile, resolve_profile
+from raydiff.output.keys import Keys, row_key, row_keys
+from raydiff.output.lock import METADATA_DIR
+from raydiff.output.part_files import map_parts
+from raydiff.output.sorted_index import SortedIndex
+from raydiff.request import ModelInfo
+
+MAX_BAD_ROWS = 20
+"""Messages that a report quotes; the others are counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedBatches:
+    """The requests of one model and size."""
+
+    model: str
+    height: int
+    width: int
+    num_requests: int
+    profile: str
+    batch_size: int
+    num_batches: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanReport:
+    """What a run would do. Images are rows, counted once for each of their images."""
+
+    num_rows: int
+    """Rows of the manifest, up to `limit`."""
+    num_images: int
+    num_bad: int
+    bad_rows: tuple[str, ...]
+    """What is wrong with the first of them."""
+    num_distinct: int
+    num_duplicates: int
+    """Images whose request equals an earlier one's: rendered once."""
+    num_done: int
+    """Images whose metadata the output folder has."""
+    num_new: int
+    """Distinct requests that no row done has rendered: what is left to render."""
+    batches: tuple[PlannedBatches, ...]
+    """Of the distinct requests, done ones included, the most frequent first."""
+
+
+def plan(config: RunConfig) -> PlanReport:
+    """Read and check every row. Raises InputError where `render` would; writes nothing.
+
+    Memory is about 100 bytes for each distinct request.
+    """
+    manifest = open_rows(config)
+    models = known_models(config.model)
+    done_rows = _done_rows(config.out)
+    bad_rows: list[str] = []
+    counts: Counter[str] = Counter()
+    seen: set[bytes] = set()
+    seen_done: set[bytes] = set()
+    shapes: Counter[BatchKey] = Counter()
+    for row in read_rows(manifest, config=config, models=models):
+        is_done = row_key(row.row_index, row.image_index) in done_rows
+        counts.update(images=1, done=is_done, bad=row.request is None)
+        if row.request is None:
+            if len(bad_rows) < MAX_BAD_ROWS:
+                bad_rows.append(row.error or "")
+            continue
+        request_id = bytes.fromhex(row.request.request_id)
+        if request_id not in seen:
+            shapes[BatchKey(row.request.model, row.request.height, row.request.width)] += 1
+        seen.add(request_id)
+        if is_done:
+            seen_done.add(request_id)
+    return PlanReport(
+        num_rows=min(manifest.num_rows, config.limit or manifest.num_rows),
+        num_images=counts["images"],
+        num_bad=counts["bad"],
+        bad_rows=tuple(bad_rows),
+        num_distinct=len(seen),
+        num_duplicates=counts["images"] - counts["bad"] - len(seen),
+        num_done=counts["done"],
+        num_new=len(seen) - len(seen_done),
+        batches=tuple(_batches(shapes, config, models)),
+    )
+
+
+def open_rows(config: RunConfig) -> Manifest:
+    """Open the run's manifest, or its prompts. Raises ManifestError, ConfigError."""
+    if config.manifest is not None:
+        return open_manifest(config.manifest)
+    if config.prompts:
+        return prompts_manifest(config.prompts)
+    raise ConfigError("manifest: there is nothing to render. Name a manifest or give prompts.")
+
+
+def count_images(manifest: Manifest, config: RunConfig) -> int | None:
+    """Return how many images a run makes, None where only the rows themselves say it."""
+    if "num_images" in manifest.schema.names:
+        return None
+    num_rows = min(manifest.num_rows, config.limit or manifest.num_rows)
+    return num_rows * config.defaults.num_images
+
+
+def _done_rows(out: str | None) -> SortedIndex:
+    """Return the keys of the rows that the output folder has metadata of."""
+    keys: list[Keys] = [np.empty(0, np.uint64)]
+    if out is not None and (Path(out) / METADATA_DIR).is_dir():
+        parts, _ = map_parts(Path(out) / METADATA_DIR, ["row_index", "image_index"], row_keys)
+        keys += parts
+    return SortedIndex(np.concatenate(keys))
+
+
+def _batches(
+    shapes: Counter[BatchKey], config: RunConfig, models: KnownModels
+) -> Iterator[PlannedBatches]:
+    """Size the batches as a worker on the first GPU would."""
+    gpu = next(iter(visible_gpus()), None)
+    profiles: dict[str, Profile] = {}
+    for key, num_requests in shapes.most_common():
+        if key.model not in profiles:
+            profiles[key.model] = _profile(models(key.model), config, gpu)
+        profile = profiles[key.model]
+        batch_size = config.engine.batch_size
+        if batch_size == "auto":
+            batch_size = profile.max_batch_size(key.height, key.width)
+        yield PlannedBatches(
+            model=key.model,
+            height=key.height,
+            width=key.width,
+            num_requests=num_requests,
+            profile=profile.name,
+            batch_size=batch_size,
+            num_batches=-(-num_requests // batch_size),
+        )
+
+
+def _profile(info: ModelInfo, config: RunConfig, gpu: GpuInfo | None) -> Profile:
+    dtype = config.model.dtype
+    is_float32 = dtype == "float32" or (
+        dtype == "auto" and (gpu is None or config.memory.profile == "cpu_only")
+    )
+    component_bytes = {
+        name: count * (4 if is_float32 else 2) for name, count in info.num_parameters.items()
+    }
+    return resolve_profile(config.memory, info.family, component_bytes, gpu)
