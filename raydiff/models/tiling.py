@@ -48,8 +48,8 @@ class Tile:
 def tiled_decode(vae: AutoencoderKL, latents: Tensor, *, tile_size: int, overlap: int) -> Tensor:
     """Return about `vae.decode(latents)`: (B, C, h, w) -> (B, 3, H, W), image by image.
 
-    tile_size and overlap are in pixels; an image that fits one tile is decoded whole. Overlaps are
-    at least as asked, for all tiles have one size: compiled graphs and chosen kernels are shared.
+    tile_size is the most and overlap the least, in pixels: all tiles have one size, so that they
+    share kernels and none is a sliver. An image that fits one tile is decoded whole.
     Raises ConfigError for a size that is no multiple of 8 and an overlap as large as the tile.
     """
     scale = vae.config.downscale
@@ -109,10 +109,11 @@ def _tiles(height: int, width: int, tile_size: int, overlap: int, scale: int) ->
 
 
 def _spans(size: int, tile: int, overlap: int) -> list[Span]:
-    """Cut `size` into the fewest stretches of `tile` that overlap enough, evenly spread."""
+    """Cut `size` into the fewest stretches, of one length up to `tile`, that overlap enough."""
     if size <= tile:
         return [Span(start=0, stop=size, rise=None, fall=None)]
     num_steps = math.ceil((size - tile) / (tile - overlap))
+    tile = math.ceil((size + num_steps * overlap) / (num_steps + 1))
     starts = [round(step * (size - tile) / num_steps) for step in range(num_steps + 1)]
     ramps = [_ramp(right, left + tile) for left, right in pairwise(starts)]
     return [
