@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from raydiff.errors import RowError
+from raydiff.manifest.schema import quoted
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 REMEMBERED_IMAGES = 16384
@@ -21,12 +22,12 @@ def find_init_image(text: str, root: Path | None) -> tuple[str, str]:
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(//|.*,)", text):
         raise RowError(
-            f'init_image is the URL "{text[:80]}"; URLs are not fetched. '
+            f"init_image is the URL {quoted(text)}; URLs are not fetched. "
             "Download it and give the file's path."
         )
     if root is None:
         raise RowError(
-            f'init_image is "{text}" and the manifest is not in a local folder. '
+            f"init_image is {quoted(text)} and the manifest is not in a local folder. "
             "Say which folder it lies in: --set input.root=FOLDER."
         )
     try:
@@ -35,14 +36,14 @@ def find_init_image(text: str, root: Path | None) -> tuple[str, str]:
         status = path.stat()
     except (OSError, ValueError, RuntimeError) as error:  # NUL in a name, a loop of links
         reason = getattr(error, "strerror", None) or error
-        raise RowError(f'init_image "{text}" in {root}: {reason}. Check the path.') from None
+        raise RowError(f"init_image {quoted(text)} in {root}: {reason}. Check the path.") from None
     if not path.is_relative_to(root):
         raise RowError(
-            f'init_image "{text}" is {path}, outside the input root {root}. '
+            f"init_image {quoted(text)} is {path}, outside the input root {root}. "
             "Move it there or choose a wider root: --set input.root=FOLDER."
         )
     if not stat.S_ISREG(status.st_mode):
-        raise RowError(f'init_image "{text}" is not a file. Name a PNG, JPEG or WebP file.')
+        raise RowError(f"init_image {quoted(text)} is not a file. Name a PNG, JPEG or WebP file.")
     return str(path), _checked_sha256(str(path), status.st_size, status.st_mtime_ns)
 
 

@@ -60,7 +60,7 @@ def check_schema(schema: pa.Schema, uri: str) -> None:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ManifestError(
-            f"manifest {uri}: column {_quoted(doubled[0])} is there more than once. Rename one."
+            f"manifest {uri}: column {quoted(doubled[0])} is there more than once. Rename one."
         )
     if "prompt" not in names:
         raise ManifestError(
@@ -126,7 +126,7 @@ def _check_text(name: str, value: str | bytes, choices: tuple[str, ...]) -> str:
         )
     if choices and value not in choices:
         hint = nearest(value[:100], choices)
-        raise RowError(f"{name} is {_quoted(value)}; {hint}known: {', '.join(choices)}.")
+        raise RowError(f"{name} is {quoted(value)}; {hint}known: {', '.join(choices)}.")
     return value
 
 
@@ -182,6 +182,6 @@ def _wanted(column: Column) -> str:
     }[column.kind]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Quote a value for a message: escaped, and cut at 80 characters."""
     return json.dumps(text if len(text) <= 80 else f"{text[:80]}...", ensure_ascii=False)
