@@ -126,7 +126,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorHeader:
         is_sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         raise _broken(path, f"tensor {name!r} lacks dtype, shape or data_offsets") from None
-    if not is_sound or dtype not in DTYPE_BITS:
+    if not is_sound or not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _broken(path, f"tensor {name!r} has dtype {dtype!r} and shape {list(shape)}")
     size_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
     if end - begin != size_bytes:

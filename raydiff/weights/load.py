@@ -34,12 +34,15 @@ def load_weights(
 ) -> M:
     """Fill `module` (its parameters on the meta device) and return it, in eval mode.
 
-    Each tensor is read into memory of its own, converted and moved to `device` before the next one
-    is read, so the host never holds more than one tensor beside the module itself.
+    Tensors are read one by one into the same memory and copied from there to `device` and `dtype`:
+    the host never holds more than the largest of them beside the module. No file stays mapped.
     Raises ModelError naming missing, unexpected and mis-shaped tensors.
     """
     sources = checkpoint.tensors(component)
     _check(module, checkpoint, component, sources)
+    staging = torch.empty(
+        max((source.size_bytes for source in sources.values()), default=0), dtype=torch.uint8
+    )
     by_file = defaultdict(list)
     for name, source in sources.items():
         by_file[source.file].append((source.offset, name, source))
@@ -47,8 +50,8 @@ def load_weights(
         try:
             with path.open("rb") as file:
                 for _, name, source in sorted(entries, key=lambda entry: entry[0]):
-                    tensor = _read(file, source)
-                    _assign(module, name, _place(tensor, device=device, dtype=dtype))
+                    stored = _read(file, source, staging)
+                    _assign(module, name, _place(stored, device=device, dtype=dtype))
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror}; the disk or its mount fails") from None
     _move_computed_buffers(module, component, device)
@@ -95,9 +98,9 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{len(names)} {what}: {'; '.join(names[:MAX_NAMED])}{more}."
 
 
-def _read(file: BufferedReader, source: TensorSource) -> Tensor:
-    """Return the tensor as it is stored, in memory of its own (no map of the file stays behind)."""
-    content = torch.empty(source.size_bytes, dtype=torch.uint8)
+def _read(file: BufferedReader, source: TensorSource, staging: Tensor) -> Tensor:
+    """Read a tensor as it is stored into the beginning of `staging`, and return it in our shape."""
+    content = staging[: source.size_bytes]
     file.seek(source.offset)
     count = file.readinto(content.numpy().data) if source.size_bytes else 0
     if count != source.size_bytes:
@@ -107,15 +110,15 @@ def _read(file: BufferedReader, source: TensorSource) -> Tensor:
         )
     tensor = content.view(DTYPES[source.dtype])
     if source.is_transposed:
-        return tensor.reshape(source.shape[::-1]).T.contiguous()
+        return tensor.reshape(source.shape[::-1]).T
     return tensor.reshape(source.shape)
 
 
-def _place(tensor: Tensor, *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    # Converted on the device, where it is fastest; the smaller dtype crosses the bus.
-    if dtype.itemsize < tensor.dtype.itemsize:
-        return tensor.to(dtype).to(device)
-    return tensor.to(device).to(dtype)
+def _place(stored: Tensor, *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous copy: the next tensor is read over `stored`."""
+    if torch.device(device).type == "cpu":
+        return stored.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return stored.to(device).to(dtype).contiguous()  # a GPU converts faster than the host
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

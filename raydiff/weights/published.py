@@ -91,6 +91,7 @@ SD21: dict[str, Config] = {
         "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
         "sample_size": 96,
         "transformer_layers_per_block": [1, 1, 1, 1],
+        "upcast_attention": True,
         "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
     },
     "vae": _VAE | {"sample_size": 768, "scaling_factor": 0.18215},
@@ -99,7 +100,7 @@ SD21: dict[str, Config] = {
 
 SD21_BASE: dict[str, Config] = {
     "scheduler": _SCHEDULER | {"_class_name": "PNDMScheduler", "prediction_type": "epsilon"},
-    "unet": {"sample_size": 64},
+    "unet": {"sample_size": 64, "upcast_attention": False},
 }
 """Where stable-diffusion-2-1-base differs: 512x512, epsilon."""
 

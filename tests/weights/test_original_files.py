@@ -268,7 +268,9 @@ def test_a_config_beside_the_file_decides(tmp_path: Path, params: str, expected:
     assert scheduler_of(path)[1] == expected
 
 
-@pytest.mark.parametrize("text", ["", "model: 3", "model: {params: {parameterization: x0}}", "a: ["])
+@pytest.mark.parametrize(
+    "text", ["", "model: 3", "model: {params: {parameterization: x0}}", "a: ["]
+)
 def test_a_wrong_config_beside_the_file_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "small.safetensors"
     write_header_only(path, SMALL_SD21)
