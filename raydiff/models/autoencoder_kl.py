@@ -211,6 +211,7 @@ class AutoencoderKL(nn.Module):
         channels_last is the layout of CUDA's tensor-core convolutions.
         """
         self.is_channels_last = channels_last
+        self.requires_grad_(False)
         for module in list(self.modules()):
             if isinstance(module, Attention):
                 module.fuse_projections()
