@@ -1,0 +1,1 @@
+"""Sampling: noise schedules, samplers, guidance, and the state of a batch of unlike rows."""

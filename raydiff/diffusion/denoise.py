@@ -40,7 +40,7 @@ def check_plan(plan: RowPlan, config: ScheduleConfig) -> None:
     row_table(plan, config)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def row_table(plan: RowPlan, config: ScheduleConfig) -> Table:
     """Return the table of a row's evaluations."""
     schedule, num_steps = config.for_sampler(plan.sampler), plan.num_inference_steps
@@ -98,7 +98,6 @@ class DenoiseState:
         input_scale = np.concatenate([table.input_scale for table in tables])
         self._reads = weights != 0
         self._writes = (weights != np.eye(len(WRITES), len(READS))).any(axis=2)
-        self._clips = np.isfinite(clip)
         self._scales_input = input_scale != 1
         self._draws_noise = np.concatenate([table.draws_noise for table in tables])
         # Device side: what it computes with.
@@ -176,7 +175,8 @@ class DenoiseState:
         if self._draws_noise[self._lines].any():
             terms[NOISE] = self._draw(answer.shape[1:])
         written = np.flatnonzero(self._writes[self._lines].any(axis=0)).tolist()
-        values = [_weighted_sum(weights[:, i], terms, np.flatnonzero(reads[i])) for i in written]
+        # All sums are made before any is kept: each reads what the evaluation began with.
+        values = [_weighted_sum(weights[:, i], terms, reads[i]) for i in written]
         for i, value in zip(written, values, strict=True):
             self._keep(i, value)
         self._advance()
@@ -221,16 +221,16 @@ class DenoiseState:
         self._kept[i] = value
 
 
-def _weighted_sum(weights: Tensor, terms: dict[int, Tensor], used: NDArray[np.int64]) -> Tensor:
+def _weighted_sum(weights: Tensor, terms: dict[int, Tensor], used: NDArray[np.bool_]) -> Tensor:
     """Add up the `used` terms (A, ...) in their order, each row with its weights (A, READS).
 
     A term that a row does not use has weight 0 there, which adds nothing: the row gets what it
     would get in a batch of its own.
     """
-    first, *others = used
+    first, *others = np.flatnonzero(used).tolist()
     total = _per_row(weights[:, first]) * terms[first]
     for i in others:
-        total = total + _per_row(weights[:, i]) * terms[i]
+        total = torch.addcmul(total, _per_row(weights[:, i]), terms[i])
     return total
 
 

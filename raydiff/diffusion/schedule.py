@@ -11,23 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raydiff.errors import ModelError, RowError, nearest
+from raydiff.errors import ModelError, RowError
 
 FloatArray = NDArray[np.float64]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-
-SCHEDULER_SAMPLERS = {
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "HeunDiscreteScheduler": "heun",
-    "LMSDiscreteScheduler": "lms",
-    "PNDMScheduler": "pndm",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
-}
-"""`_class_name` of scheduler_config.json to the sampler that renders the same."""
 
 KARRAS_RHO = 7.0
 """Karras et al. 2022, table 1."""
@@ -149,21 +136,6 @@ class ScheduleConfig:
         ignored = _SAMPLER_IGNORES.get(sampler, frozenset())
         given = {key: value for key, value in self.given if key not in ignored}
         return Schedule(**{**_SAMPLER_DEFAULTS.get(sampler, {}), **given})
-
-
-def default_sampler(config: Mapping[str, Any]) -> str:
-    """Return the name of the sampler that a scheduler_config.json asks for."""
-    class_name = str(config.get("_class_name"))
-    if class_name not in SCHEDULER_SAMPLERS:
-        raise _error(
-            "_class_name",
-            class_name,
-            f"{nearest(class_name, SCHEDULER_SAMPLERS)}known: {', '.join(SCHEDULER_SAMPLERS)}",
-        )
-    sampler = SCHEDULER_SAMPLERS[class_name]
-    if sampler == "dpmpp_2m" and str(config.get("algorithm_type")).startswith("sde-"):
-        return "dpmpp_2m_sde"
-    return sampler
 
 
 @lru_cache(maxsize=64)

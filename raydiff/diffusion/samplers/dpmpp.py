@@ -69,7 +69,7 @@ def _multistep(
                 timestep=timesteps[i],
                 prediction=denoised(schedule.prediction_type, signal(sigma) ** 2),
                 update={"x": update, "h0": {"d": 1.0}},
-                draws_noise=is_sde,
+                draws_noise=is_sde and sigma_next > 0,
             )
         )
     return start_in_signal(sigmas, first_step, evaluations)
