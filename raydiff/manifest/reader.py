@@ -232,16 +232,18 @@ def _check_magic(path: str, size_bytes: int, head: bytes, tail: bytes) -> None:
 def _conversion(path: str) -> str:
     """Say the command that turns a file of another format into a manifest."""
     read = {
-        ".csv": "import pyarrow.csv as f; t = f.read_csv({0!r})",
+        ".csv": "import pyarrow.csv as f; t = f.read_csv({0})",
         ".tsv": "import pyarrow.csv as f; "
-        "t = f.read_csv({0!r}, parse_options=f.ParseOptions(delimiter='\\t'))",
-        ".jsonl": "import pyarrow.json as f; t = f.read_json({0!r})",
-        ".txt": "import pyarrow as f; t = f.table({{'prompt': open({0!r}).read().splitlines()}})",
+        't = f.read_csv({0}, parse_options=f.ParseOptions(delimiter="\\t"))',
+        ".jsonl": "import pyarrow.json as f; t = f.read_json({0})",
+        ".txt": 'import pyarrow as f; t = f.table({{"prompt": open({0}).read().splitlines()}})',
     }.get(Path(path).suffix.lower())
     if read is None:
         return "Convert it to Parquet, with pandas, Polars, DuckDB or pyarrow."
-    target = Path(path).with_suffix(".parquet").as_posix()
-    code = f"{read.format(path)}; import pyarrow.parquet as p; p.write_table(t, {target!r})"
+    source, target = (
+        json.dumps(name) for name in (path, Path(path).with_suffix(".parquet").as_posix())
+    )
+    code = f"{read.format(source)}; import pyarrow.parquet as p; p.write_table(t, {target})"
     return f"Convert it first: python -c {shlex.quote(code)}"
 
 

@@ -67,7 +67,7 @@ def _images(
     row_index: int, given: dict[str, Any], rules: "_RowRules", extra: pa.RecordBatch | None
 ) -> Iterator[ManifestRow]:
     try:
-        seed, num_images, fields = rules.apply(row_index, given)
+        seed, num_images, values = rules.apply(row_index, given)
     except RowError as error:
         message = f"row {row_index}: {error}"
         yield ManifestRow(
@@ -75,7 +75,7 @@ def _images(
         )
         return
     for image_index in range(num_images):
-        request = with_request_id(RenderRequest(**fields, seed=seed + image_index))
+        request = with_request_id(RenderRequest(**values, seed=seed + image_index))
         yield ManifestRow(
             row_index=row_index, image_index=image_index, request=request, error=None, extra=extra
         )
@@ -99,6 +99,7 @@ class _RowRules:
         self._config = config
         self._models = models
         self._targets: dict[str, _Target] = {}
+        self._refused: dict[str, str] = {}
 
     def apply(self, row_index: int, given: dict[str, Any]) -> tuple[int, int, dict[str, Any]]:
         """Return the first seed, the number of images and every other field of the requests.
@@ -137,13 +138,16 @@ class _RowRules:
     def _target(self, own_model: str | None) -> _Target:
         """Return the row's model or the run's; only the row's own is the row's error."""
         name = self._config.model.name if own_model is None else own_model
+        if name in self._refused:  # a wrong name is asked for once, not in each of a million rows
+            raise RowError(self._refused[name])
         if name not in self._targets:
             try:
                 info = self._models(name)
             except ModelError as error:
                 if own_model is None:
                     raise
-                raise RowError(f"model: {error}") from None
+                self._refused[name] = f"model: {error}"
+                raise RowError(self._refused[name]) from None
             self._targets[name] = _target(info, self._config)
         return self._targets[name]
 

@@ -299,6 +299,19 @@ def test_an_unused_default_model_is_not_looked_up(tmp_path: Path) -> None:
     assert asked == ["sd21"]
 
 
+def test_a_wrong_model_is_asked_for_once(tmp_path: Path) -> None:
+    asked = []
+
+    def counting(name: str) -> ModelInfo:
+        asked.append(name)
+        return models(name)
+
+    manifest = save(tmp_path / "m.parquet", {"prompt": ["a"] * 50, "model": ["sd3", "sdxl"] * 25})
+    found = list(read_rows(manifest, config=RunConfig(), models=counting))
+    assert [row.error is None for row in found] == [False, True] * 25
+    assert asked == ["sd3", "sdxl"]
+
+
 def test_limit_counts_manifest_rows(rows: Rows) -> None:
     found = rows({"prompt": [f"{i}" for i in range(9)], "num_images": [2] * 9}, limit=3)
     assert [row.row_index for row in found] == [0, 0, 1, 1, 2, 2]
