@@ -4,6 +4,7 @@ A row's whole trajectory is a table made on the host beforehand; one evaluation 
 active row's line of it and adds up weighted tensors. Nothing waits for the device.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,9 +55,10 @@ def row_table(plan: RowPlan, config: ScheduleConfig) -> Table:
     if plan.strength is not None:
         first_step = num_steps - num_denoise_steps(num_steps, plan.strength)
         if first_step == num_steps:
+            least = math.ceil(1000 / num_steps) / 1000
             raise RowError(
-                f"strength is {plan.strength}: of {num_steps} steps none is left to run. "
-                f"Use a strength of {1 / num_steps:.4g} or more, or more steps."
+                f"strength is {plan.strength}; it leaves none of {num_steps} steps. "
+                f"Use {least} or more."
             )
     # What a schedule makes impossible shows as a number that is not finite.
     with np.errstate(all="ignore"):

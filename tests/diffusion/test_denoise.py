@@ -167,8 +167,11 @@ def test_num_denoise_steps(num_steps, strength, expected):
         (RowPlan(sampler="eular", num_inference_steps=4), 'did you mean "euler"'),
         (RowPlan(sampler="euler", num_inference_steps=0), "takes 1 to 1000"),
         (RowPlan(sampler="euler", num_inference_steps=1001), "takes 1 to 1000"),
-        (RowPlan(sampler="euler", num_inference_steps=20, strength=0.04), "0.05 or more"),
-        (RowPlan(sampler="euler", num_inference_steps=20, strength=0.0), "none is left"),
+        (
+            RowPlan(sampler="euler", num_inference_steps=20, strength=0.04),
+            "leaves none of 20 steps. Use 0.05 or more",
+        ),
+        (RowPlan(sampler="euler", num_inference_steps=20, strength=0.0), "Use 0.05 or more"),
         (RowPlan(sampler="lcm", num_inference_steps=51), "at most 50"),
         (RowPlan(sampler="ddim", num_inference_steps=1000), "first timestep is 1000"),
         (RowPlan(sampler="dpmpp_2m", num_inference_steps=1000), "cannot be computed"),
