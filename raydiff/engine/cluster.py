@@ -57,7 +57,7 @@ class _Call:
         )
 
 
-class _Actor:
+class WorkerActor:
     """A Worker behind Ray. Asynchronous, so that a call is taken while another one runs."""
 
     def __init__(self, worker_id: str, spec: WorkerSpec) -> None:
@@ -91,7 +91,7 @@ class LocalCluster:
             self._ray = self._session.enter_context(_local_ray(self._resources))
         # The driver owns replacement and retries: Ray would repeat a deadly batch for ever.
         options = {"max_restarts": 0, "max_task_retries": 0, **self._resources.per_worker}
-        actor = self._ray.remote(_Actor).options(**options).remote(worker_id, self._spec)
+        actor = self._ray.remote(WorkerActor).options(**options).remote(worker_id, self._spec)
         self._actors[worker_id] = actor
         for ref in (actor.lifetime.remote(), actor.start.remote()):
             self._pending[ref] = _Call(worker_id, incarnation)

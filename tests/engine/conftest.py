@@ -1,6 +1,8 @@
 """Manifests and requests for the engine's tests, and the way to their faulty renderer."""
 
+import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,15 +10,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydiff.bench.engine import MODEL
+from raydiff.engine.render import RunSummary
 from raydiff.request import RenderBatch, RenderRequest, with_request_id
-
-MakeRequest = Callable[[str, int], RenderRequest]
 
 
 @pytest.fixture(autouse=True)
 def _importable_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray gives the driver's sys.path to its workers."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
+    """Let this process and Ray's find the modules of this folder, and raydiff."""
+    here = Path(__file__).parent
+    monkeypatch.syspath_prepend(here)
+    path = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
+@pytest.fixture
+def drive() -> Callable[..., RunSummary]:
+    """Return the function that renders a manifest with two faulty workers."""
+    function: Callable[..., RunSummary] = import_module("drive").drive
+    return function
 
 
 @pytest.fixture
@@ -31,12 +42,18 @@ def make_batch() -> Callable[[Sequence[str]], RenderBatch]:
 
 
 @pytest.fixture
-def write_prompts(tmp_path: Path) -> Callable[[Sequence[str]], Path]:
-    """Return a function that writes a manifest of prompts."""
+def write_prompts(tmp_path: Path) -> Callable[[Sequence[str | None]], Path]:
+    """Return a function that writes a manifest of prompts; equal ones have equal seeds."""
 
-    def write(prompts: Sequence[str]) -> Path:
+    def write(prompts: Sequence[str | None]) -> Path:
         path = tmp_path / "manifest.parquet"
-        pq.write_table(pa.table({"prompt": list(prompts), "tag": list(range(len(prompts)))}), path)
+        seeds: dict[str | None, int] = {}
+        columns = {
+            "prompt": list(prompts),
+            "seed": [seeds.setdefault(prompt, len(seeds)) for prompt in prompts],
+            "tag": list(range(len(prompts))),
+        }
+        pq.write_table(pa.table(columns), path)
         return path
 
     return write

@@ -69,5 +69,8 @@ class FaultyRenderer:
 class UnstartableRenderer:
     """Fails to load, every time."""
 
+    def __init__(self, **arguments: object) -> None:
+        pass
+
     def start(self) -> str:
         raise RuntimeError("no such device")

@@ -1,0 +1,53 @@
+"""Run a manifest with the faulty renderer; also a program, to be interrupted and killed.
+
+python drive.py MANIFEST OUT LOG ROW_MS
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from raydiff.bench.engine import MODEL
+from raydiff.config import RunConfig
+from raydiff.engine.cluster import Resources
+from raydiff.engine.known_models import KnownModels
+from raydiff.engine.render import RunSummary, run_manifest
+from raydiff.manifest.reader import open_manifest
+
+RENDERER = "faulty_renderer:FaultyRenderer"
+
+
+def drive(
+    manifest: Path,
+    out: Path,
+    log: Path,
+    *,
+    row_ms: float = 1,
+    renderer: str = RENDERER,
+    engine: dict[str, Any] | None = None,
+    **callbacks: Any,
+) -> RunSummary:
+    """Render with two workers."""
+    config = RunConfig.model_validate(
+        {
+            "out": str(out),
+            "model": {"name": MODEL.name},
+            "engine": {"batch_size": 4, **(engine or {})},
+            "output": {"commit_s": 0.2},
+        }
+    )
+    return run_manifest(
+        open_manifest(manifest),
+        config=config,
+        models=KnownModels(lambda name: MODEL),
+        renderer=renderer,
+        arguments={"log": str(log), "row_ms": row_ms},
+        resources=Resources(num_workers=2, num_gpus=0),
+        **callbacks,
+    )
+
+
+if __name__ == "__main__":
+    manifest, out, log, row_ms = sys.argv[1:]
+    summary = drive(Path(manifest), Path(out), Path(log), row_ms=float(row_ms))
+    sys.exit(summary.exit_status)

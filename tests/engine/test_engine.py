@@ -1,0 +1,191 @@
+"""The engine on a real local Ray: every row once, whatever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raydiff.engine.render import RunSummary
+from raydiff.errors import DiskError, EngineError, OutputError
+from raydiff.output.ledger import read_results
+from raydiff.output.progress import Progress, read_progress
+from raydiff.output.verify import Verification
+
+WritePrompts = Callable[[Sequence[str | None]], Path]
+Drive = Callable[..., RunSummary]
+
+
+def statuses(out: Path) -> Counter[str]:
+    return Counter(read_results(out)["status"].to_pylist())
+
+
+def rendered(log: Path) -> Counter[str]:
+    """How often each request was rendered."""
+    return Counter(line.split()[0] for line in log.read_text().splitlines())
+
+
+class Chaos:
+    """Kills a worker once, and looks at the cluster while it is there."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.killed: int | None = None
+        self.addresses: set[str] = set()
+        self.warnings: list[str] = []
+
+    def on_progress(self, progress: Progress) -> None:
+        workers = [worker["pid"] for worker in progress.workers if worker["state"] == "busy"]
+        if self.killed is None and progress.done >= 40 and workers:
+            self.addresses = listening_addresses()
+            self.killed = workers[0]
+            os.kill(workers[0], signal.SIGKILL)
+
+
+def listening_addresses() -> set[str]:
+    """Where this process and all below it listen."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return {
+        connection.laddr.ip
+        for process in family
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_bad_poison_and_equal_rows_and_a_killed_worker(
+    tmp_path: Path, write_prompts: WritePrompts, drive: Drive, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts: list[str | None] = [f"prompt {number}" for number in range(200)]
+    prompts[10] = None
+    prompts[20] = "please raise"
+    prompts[60] = "please die"
+    prompts[100] = prompts[101] = prompts[199] = "the same"
+    manifest, out, log = write_prompts(prompts), tmp_path / "out", tmp_path / "renders.log"
+    chaos = Chaos(log)
+    summary = drive(
+        manifest,
+        out,
+        log,
+        row_ms=10,
+        on_progress=chaos.on_progress,
+        on_warning=chaos.warnings.append,
+    )
+
+    assert chaos.killed is not None
+    assert (summary.completed, summary.failed, summary.quarantined) == (197, 2, 1)
+    assert (summary.ended, summary.duplicates, summary.exit_status) == (200, 2, 1)
+    results = read_results(out)
+    assert results["row_index"].to_pylist() == list(range(200))
+    assert results["tag"].to_pylist() == list(range(200))
+    assert "row 10: prompt is null" in results["error"][10].as_py()
+    assert results["status"][20].as_py() == "failed"
+    assert "cannot render 'please raise'" in results["error"][20].as_py()
+    assert results["status"][60].as_py() == "quarantined"
+    assert "died rendering this row" in results["error"][60].as_py()
+    assert not [problem for problem in Verification(out) if problem.is_error]
+    # One batch was under way in each dead worker, and one behind it.
+    assert sum(rendered(log).values()) <= 195 + 5 * 8
+    assert len({results["file_name"][row].as_py() for row in (100, 101, 199)}) == 1
+    assert len(chaos.warnings) >= 4
+    assert all("died: killed" in warning for warning in chaos.warnings)
+    assert read_progress(out).state == "finished"
+
+    assert chaos.addresses
+    assert chaos.addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert capfd.readouterr().out == ""
+    assert not psutil.Process().children(recursive=True)
+
+
+def start(manifest: Path, out: Path, log: Path) -> "subprocess.Popen[bytes]":
+    program = Path(__file__).with_name("drive.py")
+    arguments = [str(manifest), str(out), str(log), "10"]
+    return subprocess.Popen([sys.executable, str(program), *arguments], start_new_session=True)
+
+
+def wait_for_rows(driver: "subprocess.Popen[bytes]", out: Path, count: int) -> None:
+    until = time.monotonic() + 60
+    while not (out / "run.json").exists() or read_results(out).num_rows < count:
+        assert driver.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_an_interrupted_and_a_killed_run_are_continued(
+    tmp_path: Path, write_prompts: WritePrompts, drive: Drive
+) -> None:
+    prompts = [f"prompt {number}" for number in range(600)]
+    manifest, out, log = write_prompts(prompts), tmp_path / "out", tmp_path / "renders.log"
+
+    driver = start(manifest, out, log)
+    wait_for_rows(driver, out, 40)
+    with pytest.raises(OutputError, match="another driver"):
+        drive(manifest, out, log)
+    os.killpg(driver.pid, signal.SIGINT)
+    assert driver.wait(30) == 130
+    # What was in flight has ended and is committed: nothing rendered is lost.
+    num_interrupted = read_results(out).num_rows
+    assert rendered(log) == Counter(read_results(out)["request_id"].to_pylist())
+    assert read_progress(out).state == "interrupted"
+    assert num_interrupted < 600
+
+    driver = start(manifest, out, log)
+    wait_for_rows(driver, out, num_interrupted + 40)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    workers = [process for process in family if process.name().startswith("ray::WorkerActor")]
+    assert len(workers) == 2
+    driver.kill()
+    driver.wait(30)
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    committed = set(read_results(out)["request_id"].to_pylist())
+    before = rendered(log)
+    assert len(committed) < 600
+
+    summary = drive(manifest, out, log)
+    assert (summary.completed, summary.exit_status) == (600, 0)
+    assert summary.ended == 600 - len(committed)
+    assert read_results(out)["row_index"].to_pylist() == list(range(600))
+    assert not [problem for problem in Verification(out) if problem.is_error]
+    repeated = {request_id for request_id, count in rendered(log).items() if count > 1}
+    assert not repeated & committed
+    assert len(repeated) <= sum(before.values()) - len(committed)
+
+    # Nothing is left to do, and no Ray is started to find that out.
+    started = time.monotonic()
+    assert drive(manifest, out, log).ended == 0
+    assert time.monotonic() - started < 3
+
+
+def test_a_renderer_that_cannot_start_ends_the_run(
+    tmp_path: Path, write_prompts: WritePrompts, drive: Drive
+) -> None:
+    manifest, out, log = write_prompts(["a"]), tmp_path / "out", tmp_path / "renders.log"
+    with pytest.raises(EngineError, match="no worker could start: worker w0: no such device"):
+        drive(manifest, out, log, renderer="faulty_renderer:UnstartableRenderer")
+    assert read_progress(out).state == "stopped"
+    assert read_results(out).num_rows == 0
+
+
+def test_a_disk_that_fails_ends_the_run_and_it_can_be_continued(
+    tmp_path: Path, write_prompts: WritePrompts, drive: Drive
+) -> None:
+    prompts = [f"prompt {number}" for number in range(300)]
+    manifest, out, log = write_prompts(prompts), tmp_path / "out", tmp_path / "renders.log"
+
+    def break_disk(progress: Progress) -> None:
+        if progress.done >= 20 and (out / "images").is_dir():
+            (out / "images").rename(out / "images-away")
+            (out / "images").touch()
+
+    with pytest.raises(DiskError, match="the same command then continues the run"):
+        drive(manifest, out, log, row_ms=10, on_progress=break_disk)
+    num_done = read_results(out).num_rows
+    assert 20 <= num_done < 300
+    assert statuses(out) == {"completed": num_done}
