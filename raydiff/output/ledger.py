@@ -20,6 +20,7 @@ from raydiff.output.metadata_schema import RESULT_COLUMNS, build_table, metadata
 from raydiff.output.part_files import (
     DamagedPartError,
     Part,
+    last_sequence,
     map_parts,
     merge_parts,
     part_name,
@@ -63,7 +64,6 @@ class Ledger:
         self._schema = metadata_schema(extra_schema)
         self._config = config
         self._lock = lock
-        self._sequence = 0
         self._pending: dict[int, tuple[ManifestRow, RenderResult]] = {}
         self._pending_results: dict[str, RenderResult] = {}
         self._oldest_pending_s = 0.0
@@ -74,6 +74,7 @@ class Ledger:
             self._folder.mkdir(exist_ok=True)
         except OSError as error:
             raise disk_error(self._folder, error) from error
+        self._sequence = last_sequence(self._folder, lock.epoch)
         self._open(Path(out_dir))
 
     @property
@@ -158,6 +159,8 @@ class Ledger:
                 twice = _later_doubles(keys, parts)
                 if not twice:
                     return self._load(parts, keys)
+                num_twice = sum(len(places) for places in twice.values())
+                self.warnings.append(f"{num_twice} rows stood twice in the metadata; one was kept.")
                 drop_rows(parts, twice, self._next_path)
             except DamagedPartError as error:
                 set_aside(error.path, self.warnings)

@@ -59,9 +59,11 @@ class RunLock:
             self.epoch = max(last.epoch if last else 0, _last_epoch(self._path.parent)) + 1
             self._descriptor = descriptor
             self._write(is_released=False)
+        except OSError as error:
+            self._drop(descriptor)
+            raise _not_writable(self._path.parent, error) from error
         except BaseException:
-            self._descriptor = None
-            os.close(descriptor)
+            self._drop(descriptor)
             raise
         return self
 
@@ -85,7 +87,10 @@ class RunLock:
         with contextlib.suppress(EngineError, OSError):
             self.check()
             self._write(is_released=True)
-        os.close(self._descriptor)
+        self._drop(self._descriptor)
+
+    def _drop(self, descriptor: int) -> None:
+        os.close(descriptor)
         self._descriptor = None
 
     def __enter__(self) -> Self:
@@ -104,10 +109,7 @@ class RunLock:
             try:
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as error:
-                raise OutputError(
-                    f"output folder {self._path.parent}: not writable: {error.strerror}. "
-                    "Choose another --out."
-                ) from None
+                raise _not_writable(self._path.parent, error) from None
             if _try_lock(descriptor) and _is_same_file(descriptor, self._path):
                 return descriptor
             holder = _read_holder(descriptor)
@@ -198,6 +200,12 @@ def _last_epoch(out_dir: Path) -> int:
     paths = folder.iterdir() if folder.is_dir() else []
     matches = (EPOCH_IN_NAME.fullmatch(path.name) for path in paths)
     return max((int(match[1]) for match in matches if match), default=0)
+
+
+def _not_writable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"output folder {folder}: not writable: {error.strerror}. Choose another --out."
+    )
 
 
 def _whose(content: bytes) -> str:

@@ -67,6 +67,12 @@ def part_name(epoch: int, sequence: int) -> str:
     return f"part-{epoch:06d}-{sequence:06d}.parquet"
 
 
+def last_sequence(folder: Path, epoch: int) -> int:
+    """Return the highest sequence number of a driver's parts, 0 if it has none."""
+    orders = (_order(path) for path in _part_paths(folder))
+    return max((sequence for owner, sequence in orders if owner == epoch), default=0)
+
+
 def list_parts(folder: Path) -> Parts:
     """Read the footers of all parts in `folder`. Raises OutputError if one may not be read."""
     for _ in range(100):

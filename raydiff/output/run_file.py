@@ -227,7 +227,7 @@ def _pixel_settings(file: RunFile) -> dict[str, Any]:
     model = {key: file.config["model"].get(key) for key in MODEL_KEYS}
     if model["name"] in file.models:
         # The same checkpoint under another path or name is the same model.
-        model = {**model, "name": file.models[model["name"]], "revision": None}
+        model = {**model, "name": None, "revision": file.models[model["name"]]}
     output = {key: file.config["output"].get(key) for key in OUTPUT_KEYS}
     if output["image"] == "png":
         del output["quality"]
