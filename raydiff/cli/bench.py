@@ -1,17 +1,55 @@
 """`raydiff bench`: measure the models on a GPU and the engine on any machine."""
 
 import json
+import tempfile
 from dataclasses import asdict
 from typing import Any
 
 import click
 
+MIB = 1024**2
 GIB = 1024**3
 
 
 @click.group()
 def bench() -> None:
     """Measure the engine and the models on this machine."""
+
+
+@bench.command("engine")
+@click.option("--rows", default=20_000, show_default=True)
+@click.option("--row-ms", default=1.0, show_default=True, help="Time that a row takes.")
+@click.option("--workers", default=2, show_default=True)
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--out", help="New folder to write to; the default is a temporary one.")
+@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
+def bench_engine(
+    rows: int, row_ms: float, workers: int, batch_size: int, out: str | None, is_json: bool
+) -> None:
+    """Run rows without a model through driver, Ray, writer and ledger: rows/s and memory.
+
+    \b
+    raydiff bench engine
+    raydiff bench engine --rows 1000000
+    """
+    from raydiff.bench.engine import bench_engine as run
+
+    with tempfile.TemporaryDirectory(prefix="raydiff-bench-") as folder:
+        report = run(
+            num_rows=rows,
+            out=out or f"{folder}/out",
+            num_workers=workers,
+            batch_size=batch_size,
+            row_ms=row_ms,
+        )
+    if is_json:
+        click.echo(json.dumps(asdict(report) | {"rss_growth_bytes": report.rss_growth_bytes}))
+        return
+    click.echo(
+        f"{report.rows_per_s:,.0f} rows/s ({rows:,} rows of {row_ms:g} ms, {workers} workers, "
+        f"batches of {batch_size}); driver memory {report.rss_last_bytes / MIB:.0f} MiB, "
+        f"{report.rss_growth_bytes / MIB:+.0f} MiB since row 10,000"
+    )
 
 
 @bench.command("model")

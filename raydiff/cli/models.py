@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -62,7 +63,7 @@ def inspect(path: Path, is_json: bool) -> None:
     default="auto",
     help="Weight files to fetch: auto takes fp16 where the repository has it.",
 )
-def pull(model: str, revision: str | None, variant: str) -> None:
+def pull(model: str, revision: str | None, variant: Literal["auto", "fp16", "none"]) -> None:
     """Download MODEL (an alias or a Hugging Face id): only the files a render reads.
 
     \b
@@ -78,7 +79,7 @@ def pull(model: str, revision: str | None, variant: str) -> None:
 @click.argument("family", type=click.Choice(TINY_FAMILIES))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
-def make_tiny(family: str, folder: Path, seed: int) -> None:
+def make_tiny(family: Literal["sd21", "sdxl"], folder: Path, seed: int) -> None:
     """Write a tiny FAMILY pipeline with random weights into FOLDER.
 
     It has the files and names of the real checkpoint, takes a megabyte, runs on any CPU, and
@@ -89,5 +90,5 @@ def make_tiny(family: str, folder: Path, seed: int) -> None:
     """
     from raydiff.pipelines.tiny import make_tiny as write
 
-    write(family, folder, seed)  # type: ignore[arg-type]  # click.Choice has checked it
+    write(family, folder, seed)
     click.echo(f"{folder}: a tiny {family} pipeline with random weights. Its images are noise.")

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from raydiff.config import DTypeName, MemoryConfig, ModelConfig, ProfileName
 from raydiff.diffusion.schedule import ScheduleConfig
-from raydiff.errors import ConfigError
+from raydiff.errors import ConfigError, ModelError
 from raydiff.memory.gpus import GpuInfo, visible_gpus
 from raydiff.memory.profiles import Profile, resolve_profile
 from raydiff.memory.residency import compute_device, resting_device
@@ -109,36 +108,30 @@ def _build(
     checkpoint = open_checkpoint(Path(info.path), variant=config.variant, dtype=config.dtype)
     vae_dtype = _vae_dtype(config.vae_dtype, dtype)
 
-    def load(component: str, build: Callable[[], nn.Module], dtype: torch.dtype) -> Any:
+    def load(component: str, build: Callable[[dict[str, Any]], Any], dtype: torch.dtype) -> Any:
         with torch.device("meta"):
-            module = build()
+            module = build(checkpoint.config(component))
         device = resting_device(component, profile)
-        module = load_weights(module, checkpoint, component, device=device, dtype=dtype)
-        on_gpu = compute_device(component, profile).type == "cuda"
-        if isinstance(module, CLIPTextEncoder):
-            module.prepare_for_inference()
-        else:
-            module.prepare_for_inference(channels_last=on_gpu)
-        return module
+        return load_weights(module, checkpoint, component, device=device, dtype=dtype)
 
-    encoders = [name for name in checkpoint.components if name.startswith("text_encoder")]
     text_encoders = {
-        name: load(name, lambda name=name: _text_encoder(checkpoint, name), dtype)
-        for name in sorted(encoders)
+        name: load(name, _text_encoder, dtype)
+        for name in checkpoint.components
+        if name.startswith("text_encoder")
     }
     components = Components(
-        unet=load("unet", lambda: UNet(UNetConfig.from_dict(checkpoint.config("unet"))), dtype),
-        vae=load("vae", lambda: _vae(checkpoint), vae_dtype),
+        unet=load("unet", lambda config: UNet(UNetConfig.from_dict(config)), dtype),
+        vae=load("vae", lambda c: AutoencoderKL(AutoencoderKLConfig.from_dict(c)), vae_dtype),
         text_encoders=text_encoders,
         tokenizers={
-            name: CLIPTokenizer.from_folder(checkpoint.tokenizer_folder(name))
-            for name in text_encoders
+            name: _tokenizer(checkpoint, name, encoder) for name, encoder in text_encoders.items()
         },
         schedule=ScheduleConfig.from_dict(checkpoint.config("scheduler")),
         has_zero_negative=bool(
             checkpoint.config("model_index").get("force_zeros_for_empty_prompt", False)
         ),
     )
+    _prepare(components, profile)
     return FAMILIES[info.family](
         info=info,
         profile=profile,
@@ -149,9 +142,33 @@ def _build(
     )
 
 
-def _text_encoder(checkpoint: Checkpoint, name: str) -> CLIPTextEncoder:
-    return CLIPTextEncoder(CLIPTextConfig.from_dict(checkpoint.config(name)))
+def _text_encoder(config: dict[str, Any]) -> CLIPTextEncoder:
+    return CLIPTextEncoder(CLIPTextConfig.from_dict(config))
 
 
-def _vae(checkpoint: Checkpoint) -> AutoencoderKL:
-    return AutoencoderKL(AutoencoderKLConfig.from_dict(checkpoint.config("vae")))
+def _tokenizer(checkpoint: Checkpoint, name: str, encoder: CLIPTextEncoder) -> CLIPTokenizer:
+    """Read an encoder's tokenizer; ids that the encoder has no row for would fail on the GPU."""
+    folder = checkpoint.tokenizer_folder(name)
+    tokenizer = CLIPTokenizer.from_folder(folder)
+    for what, has, takes in (
+        ("tokens", tokenizer.vocab_size, encoder.config.vocab_size),
+        ("positions", tokenizer.max_length, encoder.config.max_position_embeddings),
+    ):
+        if has > takes:
+            raise ModelError(
+                f"{folder}: the tokenizer has {has} {what}, {name} has {takes}. "
+                "They are of different checkpoints: download both again."
+            )
+    return tokenizer
+
+
+def _prepare(components: Components, profile: Profile) -> None:
+    """Fuse projections, and order memory as the device that computes wants it."""
+
+    def is_on_gpu(component: str) -> bool:
+        return compute_device(component, profile).type == "cuda"
+
+    for encoder in components.text_encoders.values():
+        encoder.prepare_for_inference()
+    components.unet.prepare_for_inference(channels_last=is_on_gpu("unet"))
+    components.vae.prepare_for_inference(channels_last=is_on_gpu("vae"))

@@ -30,8 +30,8 @@ from raydiff.tokenizer import CLIPTokenizer
 
 ENCODE_BATCH = 32
 VAE_TILE = 512
-"""Side of a decoding tile in pixels, as large as the VAE's training crops."""
-VAE_TILE_OVERLAP = 128
+VAE_TILE_OVERLAP = 64
+"""Tiles of images too large to decode whole, in pixels."""
 
 ATTENTION_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -156,7 +156,7 @@ class StableDiffusionPipeline(Pipeline):
         images_at_once = max(1, self.profile.vae_batch_pixels // pixels_per_image)
         decoded = []
         with self._residency.on_device("vae"):
-            for chunk in latents.split(images_at_once):
+            for chunk in torch.split(latents, images_at_once):
                 raw = self.parts.vae.denormalize(chunk.to(device)).to(self.vae_dtype)
                 decoded.append(_to_uint8(self._decode_raw(raw, pixels_per_image)).cpu())
         return torch.cat(decoded).numpy()
@@ -164,12 +164,8 @@ class StableDiffusionPipeline(Pipeline):
     def _decode_raw(self, raw: Tensor, pixels_per_image: int) -> Tensor:
         limit = self.profile.vae_tile_pixels
         if limit is not None and pixels_per_image > limit:
-            return tiled_decode(self.parts.vae, raw, **self._tiles(in_pixels=False))
+            return tiled_decode(self.parts.vae, raw, tile_size=VAE_TILE, overlap=VAE_TILE_OVERLAP)
         return self._vae_decode(raw)
-
-    def _tiles(self, *, in_pixels: bool) -> dict[str, int]:
-        factor = 1 if in_pixels else self.parts.vae.config.downscale
-        return {"tile_size": VAE_TILE // factor, "overlap": VAE_TILE_OVERLAP // factor}
 
     def _negative_text(self, request: RenderRequest) -> str | None:
         """Return the text to encode as the negative prompt; None stands for zeros."""
@@ -223,7 +219,7 @@ class StableDiffusionPipeline(Pipeline):
         vae, limit = self.parts.vae, self.profile.vae_tile_pixels
         pixels = pixels.to(self.vae_dtype)
         if limit is not None and pixels.shape[-2] * pixels.shape[-1] > limit:
-            moments = tiled_encode(vae, pixels, **self._tiles(in_pixels=True))
+            moments = tiled_encode(vae, pixels, tile_size=VAE_TILE, overlap=VAE_TILE_OVERLAP)
         else:
             moments = vae.encode(pixels)
         moments = Moments(moments.mean.float(), moments.logvar.float())

@@ -198,7 +198,7 @@ def _random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Ten
     """Keep activations near unit size: weights by fan-in, norms about one, biases small."""
     noise = torch.randn(tensor.shape, generator=generator)
     if tensor.ndim > 1:
-        return noise / tensor[0].numel() ** 0.5
+        return noise.div(tensor[0].numel() ** 0.5)
     return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
 
 

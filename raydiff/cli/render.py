@@ -1,0 +1,73 @@
+"""`raydiff render`: a manifest, a job file or single prompts into an output folder."""
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import click
+
+from raydiff.cli.options import run_config, run_options
+
+
+@click.command()
+@run_options
+@click.option("--strip-metadata", is_flag=True, help="Leave the request out of the image files.")
+@click.option("--json", "is_json", is_flag=True, help="Print the summary as one line of JSON.")
+def render(
+    source: str | None,
+    prompts: tuple[str, ...],
+    overrides: tuple[str, ...],
+    strip_metadata: bool,
+    is_json: bool,
+    **options: Any,
+) -> None:
+    """Render SOURCE: a Parquet manifest (file, folder, glob or URI) or a job file (.yaml).
+
+    Images and their metadata go to --out. The same command again continues a run that was
+    stopped. Exit status: 0 all rows completed, 1 some failed, 2 the input is bad and nothing was
+    rendered, 130 interrupted.
+
+    \b
+    raydiff render prompts.parquet --model sdxl --out renders
+    raydiff render jobs/demo.yaml
+    raydiff render --prompt "a lighthouse at dusk" --model sdxl
+    raydiff render prompts.parquet --model sd21 --set defaults.num_inference_steps=30
+    """
+    if strip_metadata:
+        overrides = (*overrides, "output.strip_metadata=true")
+    config = run_config(source, prompts, overrides, **options)
+    if config.out is None:
+        if config.manifest is not None:
+            raise click.UsageError("name an output folder: --out FOLDER")
+        folder = f"raydiff-out/{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+        config = config.model_copy(update={"out": folder})
+
+    from raydiff.cli.progress import show_progress
+    from raydiff.engine.render import render as run
+
+    with show_progress(is_quiet=is_json) as progress:
+        summary = run(config=config, on_progress=progress.update, on_warning=progress.warn)
+    if is_json:
+        click.echo(json.dumps(asdict(summary)))
+    else:
+        click.echo(_describe(asdict(summary)))
+    sys.exit(summary.exit_status)
+
+
+def _describe(summary: dict[str, Any]) -> str:
+    parts = [f"{summary['completed']} completed"]
+    parts += [f"{summary[name]} {name}" for name in ("failed", "quarantined") if summary[name]]
+    if summary["duplicates"]:
+        parts.append(f"{summary['duplicates']} duplicates shared")
+    rate = summary["ended"] / summary["elapsed_s"] if summary["elapsed_s"] else 0.0
+    lines = [
+        f"{', '.join(parts)}; {summary['ended']} in this session, {summary['elapsed_s']:.1f} s, "
+        f"{rate:.2f} rows/s. Files and metadata: {summary['out']}"
+    ]
+    if summary["failed"] or summary["quarantined"]:
+        lines.append("What went wrong is in the metadata's `error` column.")
+    if summary["is_interrupted"]:
+        lines.append("Interrupted; the same command continues it.")
+    return "\n".join(lines)
