@@ -1,15 +1,15 @@
 """The errors that raydiff raises on purpose, each saying subject, value, rule and remedy.
 
-    RaydiffError
-    ├── InputError          the command cannot start; nothing was rendered (exit status 2)
-    │   ├── ConfigError         a job file, an option or a --set override
-    │   ├── ManifestError       the manifest as a whole: missing, empty, wrong columns or types
-    │   ├── ModelError          a checkpoint: not found, incomplete, wrong tensors, refused format
-    │   └── OutputError         the output folder: not writable, locked, another run's
-    ├── RowError            one row of the manifest; it becomes that row's `error`, the run goes on
-    ├── OutOfMemoryError    a batch did not fit the device
-    └── EngineError         the run cannot go on: no worker could start, all were lost (exit status 1)
-        └── DiskError           a file could not be written: disk full, permission lost
+RaydiffError
+├── InputError          the command cannot start; nothing was rendered (exit status 2)
+│   ├── ConfigError         a job file, an option or a --set override
+│   ├── ManifestError       the manifest as a whole: missing, empty, wrong columns or types
+│   ├── ModelError          a checkpoint: not found, incomplete, wrong tensors, refused format
+│   └── OutputError         the output folder: not writable, locked, another run's
+├── RowError            one row of the manifest; it becomes that row's `error`, the run goes on
+├── OutOfMemoryError    a batch did not fit the device
+└── EngineError         the run cannot go on: no worker could start, all were lost (exit status 1)
+    └── DiskError           a file could not be written: disk full, permission lost
 """
 
 from collections.abc import Iterable
@@ -58,5 +58,6 @@ class DiskError(EngineError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `did you mean "x"? ` for the known name nearest to `name`, or an empty string."""
-    matches = get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f'did you mean "{matches[0]}"? ' if matches else ""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f'did you mean "{by_lower[matches[0]]}"? ' if matches else ""

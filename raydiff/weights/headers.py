@@ -86,7 +86,7 @@ def refuse_pickle(path: str | Path) -> None:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise ModelError(
             f"{path}: refused, a {path.suffix} file is a pickle and can run code when opened. Use "
-            " the checkpoint's .safetensors file, or convert this one where you trust it: "
+            "the checkpoint's .safetensors file, or convert this one where you trust it: "
             "torch.load(path, weights_only=True), then safetensors.torch.save_file"
         )
 

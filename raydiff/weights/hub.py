@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import constants, list_repo_files, snapshot_download
+from huggingface_hub import constants, model_info, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -76,7 +76,8 @@ def _repo_names(repo: str, commit: str) -> list[str] | None:
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        return list(list_repo_files(repo, revision=commit))
+        # Not list_repo_files: that one tries for half a minute when there is no connection.
+        return [file.rfilename for file in model_info(repo, revision=commit).siblings or ()]
     except HfHubHTTPError:
         raise
     except CONNECTION_ERROR:

@@ -16,7 +16,7 @@ from raydiff.weights.folder import Variant
 from raydiff.weights.headers import PICKLE_SUFFIXES, refuse_pickle
 from raydiff.weights.single_file import sidecar_file
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 
 SIZE_MULTIPLE = 8
 """Pixels to one latent, in both families' VAEs."""
@@ -118,8 +118,9 @@ def _hub_repo(name: str, path: Path) -> tuple[str, str | None]:
         raise ModelError(f"{path}: no such file; check the path")
     if HUB_ID.fullmatch(name) is None:
         aliases = alias_names()
+        shown = name if len(name) <= 200 else f"{name[:200]}..."
         raise ModelError(
-            f"model {name!r}: no such folder, .safetensors file or alias; {nearest(name, aliases)}"
+            f"model {shown!r}: no such folder, .safetensors file or alias; {nearest(name, aliases)}"
             f"aliases: {', '.join(aliases)}; or give a Hub id such as {read_alias('sdxl').repo}"
         )
     return name, None

@@ -93,8 +93,8 @@ def save_small_files(folder: Path, family: str) -> None:
         folder / "scheduler" / "scheduler_config.json", SDXL_SCHEDULER if is_xl else SD21_SCHEDULER
     )
     for name in ("tokenizer", "tokenizer_2") if is_xl else ("tokenizer",):
-        write_json(folder / name / "vocab.json", {"a</w>": 0})
-        (folder / name / "merges.txt").write_text("#version: 0.2\n")
+        write_json(folder / name / "vocab.json", {f"{name}</w>": 0})
+        (folder / name / "merges.txt").write_text(f"#version: 0.2\n# {name}\n")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,7 +28,7 @@ def test_default_sampler_of_the_sde_solver():
 
 
 def test_an_unknown_scheduler_is_named_with_the_nearest():
-    with pytest.raises(ModelError, match="'EulerScheduler'; did you mean \"Euler"):
-        default_sampler({"_class_name": "EulerScheduler"})
+    with pytest.raises(ModelError, match="'DDIMSheduler'; did you mean \"DDIMScheduler"):
+        default_sampler({"_class_name": "DDIMSheduler"})
     with pytest.raises(ModelError, match="_class_name is 'None'"):
         default_sampler({})

@@ -5,16 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL as DiffusersAutoencoderKL
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig as TransformersCLIPTextConfig
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from raydiff.errors import ModelError
+from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
+from raydiff.models.unet import UNet, UNetConfig
 from raydiff.weights.checkpoint import Checkpoint, open_checkpoint
 from raydiff.weights.load import load_weights
 from tests.weights.modules import meta_module
@@ -59,14 +64,28 @@ def reference_modules(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
     with torch.device("meta"):
         modules = {
             "unet": UNet2DConditionModel.from_config(checkpoint.config("unet")),
-            "vae": AutoencoderKL.from_config(checkpoint.config("vae")),
+            "vae": DiffusersAutoencoderKL.from_config(checkpoint.config("vae")),
         }
         for name in checkpoint.components:
             if name.startswith("text_encoder"):
                 config = checkpoint.config(name)
                 has_projection = "CLIPTextModelWithProjection" in config["architectures"]
                 cls = CLIPTextModelWithProjection if has_projection else CLIPTextModel
-                modules[name] = cls(CLIPTextConfig(**config))
+                modules[name] = cls(TransformersCLIPTextConfig(**config))
+    return modules
+
+
+def our_modules(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
+    """raydiff's own modules, built from the same configs."""
+    with torch.device("meta"):
+        modules: dict[str, torch.nn.Module] = {
+            "unet": UNet(UNetConfig.from_dict(checkpoint.config("unet"))),
+            "vae": AutoencoderKL(AutoencoderKLConfig.from_dict(checkpoint.config("vae"))),
+        }
+        for name in checkpoint.components:
+            if name.startswith("text_encoder"):
+                config = CLIPTextConfig.from_dict(checkpoint.config(name))
+                modules[name] = CLIPTextEncoder(config)
     return modules
 
 
@@ -84,6 +103,9 @@ def test_full_size_files_have_the_published_tensors(tmp_path: Path, family: str)
     write_header_only(file, sd21_shapes() if family == "sd21" else sdxl_shapes())
     checkpoint = open_checkpoint(file)
     assert checkpoint.family == family
+    for name, module in our_modules(checkpoint).items():
+        sources = checkpoint.tensors(name)
+        assert {key: source.shape for key, source in sources.items()} == state_shapes(module)
     counted = {}
     for name, module in reference_modules(checkpoint).items():
         tensors = checkpoint.tensors(name)
@@ -139,6 +161,19 @@ def test_configs_are_read_from_shapes(tmp_path: Path, shapes: dict[str, tuple[in
     for name, module in reference_modules(checkpoint).items():
         sources = checkpoint.tensors(name)
         assert {key: source.shape for key, source in sources.items()} == state_shapes(module)
+
+
+@pytest.mark.parametrize("shapes", [SMALL_SD21, SMALL_SDXL])
+def test_our_modules_are_filled_from_original_files(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    path = tmp_path / "small.safetensors"
+    write_random(path, shapes)
+    checkpoint = open_checkpoint(path)
+    for name, module in our_modules(checkpoint).items():
+        load_weights(module, checkpoint, name, device="cpu", dtype=torch.bfloat16)
+        assert all(tensor.dtype == torch.bfloat16 for tensor in module.state_dict().values())
+        assert not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
 
 
 def test_skips_say_why(tmp_path: Path) -> None:
