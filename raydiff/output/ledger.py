@@ -39,6 +39,8 @@ NUM_TIERS = 4
 FINAL_ROWS = 2 ** (FANOUT_BITS * NUM_TIERS)
 """Parts of this many rows stay as they are: a merge takes under a second."""
 NUM_CACHED_ROW_GROUPS = 8
+LARGE_TABLE_BYTES = 2**30
+TAKE_ROWS = 65_536
 
 
 class Ledger:
@@ -138,8 +140,11 @@ class Ledger:
         self._lock.check()
         rows = list(self._pending.values())
         table = build_table(rows, self._extra_schema)
-        part = write_part(self._next_path(), iter([table]))
-        self._index(part, table)
+        keys = row_keys(table)
+        requests, places = request_keys(table["request_id"])
+        part_id = self._new_part_id(write_part(self._next_path(), iter([table])))
+        self._done.extend(keys)
+        self._requests.extend(requests, _locations(part_id, places))
         self._pending.clear()
         self._pending_results.clear()
         while group := self._parts_to_merge():
@@ -184,12 +189,6 @@ class Ledger:
             size += len(found)
         self._requests = SortedIndex(ids[:size], locations[:size])
 
-    def _index(self, part: Part, table: pa.Table) -> None:
-        part_id = self._new_part_id(part)
-        self._done.extend(row_keys(table))
-        keys, places = request_keys(table["request_id"])
-        self._requests.extend(keys, _locations(part_id, places))
-
     def _new_part_id(self, part: Part) -> int:
         part_id = self._next_part_id
         self._next_part_id += 1
@@ -197,8 +196,11 @@ class Ledger:
         return part_id
 
     def _parts_to_merge(self) -> list[int]:
-        """Return the parts of a tier that are enough for the next tier; each row moves up often
-        at most NUM_TIERS times, and about FANOUT * NUM_TIERS small parts remain."""
+        """Return parts of one tier that together make one of the next, or none.
+
+        So a row is rewritten at most NUM_TIERS times, and fewer than FANOUT * NUM_TIERS small
+        parts are there at a time.
+        """
         tiers: list[list[int]] = [[] for _ in range(NUM_TIERS)]
         for part_id, part in self._live.items():
             if part.num_rows < FINAL_ROWS and part.schema.equals(self._schema):
@@ -257,7 +259,19 @@ def read_results(out_dir: str | Path) -> pa.Table:
     order = np.argsort(keys, kind="stable")
     is_first = np.ones(len(keys), dtype=bool)
     is_first[1:] = np.diff(keys[order]) > 0
-    return table.take(pa.array(order[is_first])).combine_chunks().replace_schema_metadata()
+    return _take(table, order[is_first]).replace_schema_metadata()
+
+
+def _take(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+    """Return these rows. Arrow joins a column's chunks for that, which strings with 32-bit
+    offsets refuse beyond 2 GiB: a large table goes through 64-bit ones, block by block."""
+    if table.nbytes < LARGE_TABLE_BYTES:
+        return table.take(pa.array(rows)).combine_chunks()
+    wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    fields = [field.with_type(wide.get(field.type, field.type)) for field in table.schema]
+    large = table.cast(pa.schema(fields)).combine_chunks()
+    blocks = np.split(rows, range(TAKE_ROWS, len(rows), TAKE_ROWS))
+    return pa.concat_tables([large.take(pa.array(one)).cast(table.schema) for one in blocks])
 
 
 def count_statuses(out_dir: str | Path) -> Counter[str]:

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,8 @@ from raydiff.output.lock import RunLock
 from raydiff.output.media import read_image_metadata
 from raydiff.output.metadata_schema import COLUMNS
 from raydiff.request import ManifestRow, RenderRequest, RenderResult
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 EXTRA = pa.schema([("note", pa.string()), ("tags", pa.list_(pa.int64())), ("category", pa.int8())])
 CONTRACT_TEXT = (
@@ -151,6 +154,22 @@ def test_results_are_sorted_and_readable_as_a_plain_dataset(open_ledger, make):
     assert plain.num_rows == 120
 
 
+def test_a_table_beyond_32_bit_offsets_is_read_by_blocks(open_ledger, make, monkeypatch):
+    run, ledger = open_ledger(EXTRA)
+    rows = list(range(50))
+    random.Random(5).shuffle(rows)
+    for row in rows:
+        request = make.request(row)
+        ledger.add(make.row(request, row), make.result(request))
+        ledger.commit()
+    whole = read_results(run.out_dir)
+    monkeypatch.setattr("raydiff.output.ledger.LARGE_TABLE_BYTES", 0)
+    monkeypatch.setattr("raydiff.output.ledger.TAKE_ROWS", 7)
+    in_blocks = read_results(run.out_dir)
+    assert in_blocks.equals(whole)
+    assert in_blocks["row_index"].num_chunks == 8
+
+
 @pytest.mark.parametrize("folder", ["missing", "empty"])
 def test_reading_a_folder_that_is_not_a_run_says_so(folder, tmp_path):
     (tmp_path / "empty").mkdir()
@@ -239,9 +258,9 @@ def test_commits_are_due_by_rows_and_by_time(open_ledger, make):
 
 def test_small_parts_are_merged_and_everything_is_still_found(open_ledger, make):
     run, ledger = open_ledger()
-    add_rows(ledger, make, range(700), commit_every=2)
-    assert len(part_paths(run.out_dir)) <= 48
-    requests = [make.request(row) for row in range(700)]
+    add_rows(ledger, make, range(300), commit_every=2)
+    assert len(part_paths(run.out_dir)) <= 32
+    requests = [make.request(row) for row in range(300)]
     for session in range(2):
         found = [ledger.find(request.request_id) for request in requests]
         assert found == [make.result(request) for request in requests], session
@@ -249,8 +268,8 @@ def test_small_parts_are_merged_and_everything_is_still_found(open_ledger, make)
         run, ledger = open_ledger()
         assert ledger.warnings == []
     table = read_results(run.out_dir)
-    assert table["row_index"].to_pylist() == list(range(700))
-    assert ledger.counts["completed"] == 700
+    assert table["row_index"].to_pylist() == list(range(300))
+    assert ledger.counts["completed"] == 300
 
 
 def test_each_row_is_rewritten_a_few_times_only(open_ledger, make, monkeypatch):
@@ -261,9 +280,8 @@ def test_each_row_is_rewritten_a_few_times_only(open_ledger, make, monkeypatch):
     monkeypatch.setattr(
         Ledger, "_new_part_id", lambda self, part: written.append(part) or original(self, part)
     )
-    add_rows(ledger, make, range(1200), commit_every=1)
-    merged_rows = sum(part.num_rows for part in written)
-    assert merged_rows <= 1200 * 3
+    add_rows(ledger, make, range(300), commit_every=1)
+    assert sum(part.num_rows for part in written) <= 300 * 3
 
 
 def test_merged_row_groups_stay_small_enough_to_look_up(open_ledger, make, monkeypatch):
@@ -436,6 +454,7 @@ def test_a_commit_that_fails_keeps_its_rows_for_the_next(full_disk, make):
 def commit_one_by_one(out_dir, builders, counter):
     with RunLock(out_dir) as lock:
         ledger = Ledger(out_dir, extra_schema=builders.no_columns, config=OutputConfig(), lock=lock)
+        counter.value = len(ledger)
         for row in range(10_000):
             if not ledger.is_done(row, 0):
                 request = builders.request(row)
@@ -444,22 +463,37 @@ def commit_one_by_one(out_dir, builders, counter):
                 counter.value = row + 1
 
 
+@contextmanager
+def driver_in_another_process(out_dir, builders, *, num_rows):
+    """Enter when it has committed `num_rows`, SIGKILL it on leaving; then nothing may be lost."""
+    context = multiprocessing.get_context("fork")
+    counter = context.RawValue("q", 0)
+    process = context.Process(target=commit_one_by_one, args=(out_dir, builders, counter))
+    process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while counter.value < num_rows:
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        yield counter
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert read_results(out_dir).num_rows in (counter.value, counter.value + 1)
+
+
 def test_kill_at_any_moment_loses_nothing_that_was_committed(begin, make):
     """SIGKILL a driver again and again while it commits and merges; each goes on from the last."""
     run = begin()
     run.close()
-    context = multiprocessing.get_context("fork")
-    counter = context.Value("q", 0)
-    for delay_s in (0.5, 0.37, 0.61, 0.43):
-        process = context.Process(target=commit_one_by_one, args=(run.out_dir, make, counter))
-        process.start()
-        time.sleep(delay_s)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    rng = random.Random(4)
+    rows: list[int] = []
+    for _ in range(5):
+        with driver_in_another_process(run.out_dir, make, num_rows=len(rows) + 9):
+            time.sleep(rng.uniform(0, 0.03))
         rows = read_results(run.out_dir)["row_index"].to_pylist()
         assert rows == list(range(len(rows)))
-        assert len(rows) in (counter.value, counter.value + 1)
-    assert counter.value > 20
     run = begin()
     ledger = Ledger(run.out_dir, extra_schema=make.no_columns, config=OutputConfig(), lock=run.lock)
     assert ledger.warnings == []
@@ -470,16 +504,9 @@ def test_kill_at_any_moment_loses_nothing_that_was_committed(begin, make):
 def test_results_can_be_read_while_a_driver_merges(begin, make):
     run = begin()
     run.close()
-    context = multiprocessing.get_context("fork")
-    counter = context.Value("q", 0)
-    process = context.Process(target=commit_one_by_one, args=(run.out_dir, make, counter))
-    process.start()
-    deadline = time.monotonic() + 2
-    while time.monotonic() < deadline:
-        before = counter.value
-        rows = read_results(run.out_dir)["row_index"].to_pylist()
-        assert rows == list(range(len(rows)))
-        assert len(rows) >= before
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert counter.value > 20
+    with driver_in_another_process(run.out_dir, make, num_rows=1) as counter:
+        while counter.value < 40:
+            before = counter.value
+            rows = read_results(run.out_dir)["row_index"].to_pylist()
+            assert rows == list(range(len(rows)))
+            assert len(rows) >= before

@@ -20,6 +20,8 @@ from raydiff.errors import DiskError
 from raydiff.output.media import read_image_metadata
 from raydiff.output.writer import TEMPORARY_DIR, Writer, remove_stale_files
 
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
 
 def files_under(folder: Path) -> list[str]:
     files = (path for path in folder.rglob("*") if path.is_file())
