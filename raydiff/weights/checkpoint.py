@@ -8,7 +8,6 @@ from typing import Any
 from raydiff.errors import ModelError
 from raydiff.weights.folder import FolderFiles, Variant, choose_files, list_names, read_json
 from raydiff.weights.headers import read_header, refuse_pickle
-from raydiff.weights.hub import download_tokenizer
 from raydiff.weights.keymaps.clip import TRANSFORMERS_CLIP
 from raydiff.weights.keymaps.rules import KeyMap, To, rename
 from raydiff.weights.keymaps.skipped import SKIPPED_IN_FOLDERS
@@ -70,7 +69,11 @@ class Checkpoint:
         """
         name = text_encoder.replace("text_encoder", "tokenizer")
         folder = self.path / name if self.path.is_dir() else self.path.parent / name
-        return folder if folder.is_dir() else download_tokenizer(self.family, name)
+        if folder.is_dir():
+            return folder
+        from raydiff.weights.hub import download_tokenizer  # takes 0.3 s, and is rarely needed
+
+        return download_tokenizer(self.family, name)
 
 
 def open_checkpoint(

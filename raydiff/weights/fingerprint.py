@@ -1,4 +1,4 @@
-"""The revision of a local checkpoint: a hash of its content that reads a few MB of it."""
+"""The revision of a local checkpoint: a hash that reads a small part of its content."""
 
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
@@ -16,7 +16,7 @@ def local_revision(files: Mapping[str, Path]) -> str:
     Of small files (configs, tokenizers) everything is hashed; of .safetensors files the header and
     three blocks of 4 KiB of every tensor, its first, middle and last bytes (tensors of up to 12 KiB
     whole). So another training of the same network is told apart; a change within one tensor that
-    spares the three blocks is not. SDXL takes under a second.
+    spares the three blocks is not. Of SDXL's 6.9 GB, 17 MB are read.
     """
     digest = blake2b(digest_size=16)
     for name, path in sorted(files.items()):

@@ -195,6 +195,16 @@ def test_all_layers_are_kept_where_the_last_was_dropped_before(tmp_path: Path) -
     assert open_checkpoint(path).config("text_encoder")["num_hidden_layers"] == 23
 
 
+def test_a_projection_of_sdxls_first_encoder_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    extra = {"conditioner.embedders.0.text_projection.weight": (16, 16)}
+    write_header_only(path, SMALL_SDXL | extra)
+    checkpoint = open_checkpoint(path)
+    assert set(extra) <= set(checkpoint.skipped)
+    assert "text_projection.weight" not in checkpoint.tensors("text_encoder")
+    assert "text_projection.weight" in checkpoint.tensors("text_encoder_2")
+
+
 def test_unknown_tensors_are_named(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     extra = {f"model.diffusion_model.input_blocks.1.7.x{n}": (3,) for n in range(12)}

@@ -20,6 +20,9 @@ SKIPPED_IN_SINGLE_FILES: dict[str, str] = {
     r".*\.logit_scale": "scale of the contrastive loss",
     r".*\.model\.attn_mask": "the causal mask, which the text encoder makes itself",
     r".*\.model\.visual\..*": "image tower of CLIP",
+    r"conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?": (
+        "SDXL pools with its second text encoder only"
+    ),
     r"cond_stage_model\.model\.text_projection": "SD 2.x reads the hidden states, not the pooled",
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..*": (
         "SD 2.x reads the 23rd layer's output, so the 24th never runs"
