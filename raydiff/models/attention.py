@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raydiff.models.geglu import GEGLU
 from raydiff.models.group_norm import GroupNorm
+from raydiff.models.layer_norm import AddLayerNorm
 from raydiff.models.tokens import PointwiseConv, to_image, to_tokens
 
 
@@ -40,28 +41,39 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, keys_values: Iterator[Tensor]) -> Tensor:
         """x (B, C, H, W); takes the next `len(transformer_blocks)` items of `keys_values`."""
         tokens = self.proj_in(to_tokens(self.norm(x)))  # (B, N, C)
+        update = None
         for block in self.transformer_blocks:
-            tokens = block(tokens, next(keys_values))
-        return x + to_image(self.proj_out(tokens), x.shape[-2:])
+            tokens, update = block(tokens, update, next(keys_values))
+        return x + to_image(self.proj_out(tokens + update), x.shape[-2:])
 
 
 class TransformerBlock(nn.Module):
-    """Self attention, cross attention and feed-forward, each on a normalised stream."""
+    """Self attention, cross attention and feed-forward, each on a normalised stream.
+
+    A layer's output joins the stream in the norm before the next layer, one pass for both: so a
+    block takes the block before's last output as `update` and leaves its own to the next.
+    """
 
     def __init__(self, channels: int, num_heads: int, cross_attention_dim: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = AddLayerNorm(channels)
         self.attn1 = SelfAttention(channels, num_heads)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = AddLayerNorm(channels)
         self.attn2 = CrossAttention(channels, num_heads, cross_attention_dim)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = AddLayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
-        """x (B, N, C); keys_values (B, S, 2*C) from `attn2.keys_values(prompt_embeds)`."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), keys_values)
-        return x + self.ff(self.norm3(x))
+    def forward(
+        self, x: Tensor, update: Tensor | None, keys_values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x, update (B, N, C) -> the same two after this block, still to be added.
+
+        keys_values (B, S, 2*C) come from `attn2.keys_values(prompt_embeds)`.
+        """
+        x, normed = self.norm1(x, update)
+        x, normed = self.norm2(x, self.attn1(normed))
+        x, normed = self.norm3(x, self.attn2(normed, keys_values))
+        return x, self.ff(normed)
 
 
 class SelfAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""GEGLU: value * gelu(gate) for the two halves of a projection; one Triton kernel in CUDA eager."""
+"""GEGLU: value * gelu(gate) for the two halves of a projection; one Triton kernel on CUDA."""
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,18 @@ class GEGLU(nn.Module):
 
 def geglu(x: Tensor) -> Tensor:
     """(..., 2*D) -> (..., D): the first half times the GELU (erf, not tanh) of the second."""
-    if x.is_cuda and not torch.compiler.is_compiling() and x.is_contiguous() and can_run_triton(x):
+    if can_run_triton(x) and x.is_contiguous():
         return geglu_contiguous(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
-@torch.library.custom_op("raydiff::geglu", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(
+    "raydiff::geglu",
+    mutates_args=(),
+    device_types="cuda",
+    tags=(torch.Tag.needs_exact_strides,),
+)
 def geglu_contiguous(x: Tensor) -> Tensor:
     """`geglu` of a contiguous x on CUDA, computed in fp32; no gradients."""
     from raydiff.models.geglu_triton import launch_geglu
