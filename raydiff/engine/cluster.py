@@ -4,13 +4,14 @@ Every listener binds loopback and asks for a token, and the whole cluster ends w
 """
 
 import asyncio
+import fcntl
 import os
 import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from raydiff.request import RenderBatch
 OBJECT_STORE_BYTES = 100 * 2**20
 """Batches and replies are small; pixels never pass through Ray."""
 SHM = Path("/dev/shm")
+FAULT = "Fatal Python error: "
+SESSION_PREFIX = "raydiff-"
 MAX_TEMP_DIR_LENGTH = 24
 """Ray puts Unix sockets below it, and their paths may have 107 characters."""
 
@@ -82,13 +85,15 @@ class LocalCluster:
         self._spec = spec
         self._actors: dict[str, Any] = {}
         self._pending: dict[Any, _Call] = {}
+        self._pids: dict[str, int] = {}
         self._session = ExitStack()
+        self._logs = Path()
         self._ray: Any = None
 
     def start_worker(self, worker_id: str, incarnation: int) -> None:
         """Place a worker; `poll` reports it ready or failed."""
         if self._ray is None:
-            self._ray = self._session.enter_context(_local_ray(self._resources))
+            self._ray, self._logs = self._session.enter_context(_local_ray(self._resources))
         # The driver owns replacement and retries: Ray would repeat a deadly batch for ever.
         options = {"max_restarts": 0, "max_task_retries": 0, **self._resources.per_worker}
         actor = self._ray.remote(WorkerActor).options(**options).remote(worker_id, self._spec)
@@ -143,15 +148,26 @@ class LocalCluster:
             cause = error.cause
             return call.failed(str(cause), cause if isinstance(cause, InputError) else None)
         except errors.RayActorError as error:
-            return call.failed(f"died: {_cause_of_death(error)}")
+            last_words = self._last_words(call.worker_id)
+            return call.failed(f"died: {last_words or _cause_of_death(error)}")
         except errors.RayError as error:
             return call.failed(str(error))
         if isinstance(value, WorkerInfo):
+            self._pids[call.worker_id] = value.pid
             return WorkerReady(worker_id=call.worker_id, incarnation=call.incarnation, info=value)
         return BatchDone(worker_id=call.worker_id, incarnation=call.incarnation, reply=value)
 
+    def _last_words(self, worker_id: str) -> str | None:
+        """Return what Python's fault handler wrote as the process crashed, if it did."""
+        for log in self._logs.glob(f"worker-*-{self._pids.get(worker_id, 0)}.err"):
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith(FAULT):
+                    return line.removeprefix(FAULT)
+        return None
+
     def _forget(self, worker_id: str) -> None:
         """Kill what is left of a worker and expect nothing more from it."""
+        self._pids.pop(worker_id, None)
         actor = self._actors.pop(worker_id, None)
         if actor is not None:
             self._ray.kill(actor)
@@ -175,13 +191,14 @@ def _cause_of_death(error: Exception) -> str:
 
 
 @contextmanager
-def _local_ray(resources: Resources) -> Iterator[Any]:
-    """Start a Ray of our own, yield the module, and end it. Other clusters are left alone."""
+def _local_ray(resources: Resources) -> Iterator[tuple[Any, Path]]:
+    """Start a Ray of our own, yield the module and its log folder, and end it.
+
+    Other clusters on the machine are left alone.
+    """
     _check_shm()
-    with tempfile.TemporaryDirectory(
-        prefix="raydiff-", dir=_temp_root(), ignore_cleanup_errors=True
-    ) as session_dir:
-        token_file = Path(session_dir) / "token"
+    with _session_dir() as session_dir:
+        token_file = session_dir / "token"
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_hex(32))
         with _environ(
@@ -196,12 +213,12 @@ def _local_ray(resources: Resources) -> Iterator[Any]:
         ):
             ray = _start_ray(resources, session_dir)
             try:
-                yield ray
+                yield ray, session_dir / "ray" / "session_latest" / "logs"
             finally:
                 ray.shutdown()
 
 
-def _start_ray(resources: Resources, session_dir: str) -> Any:
+def _start_ray(resources: Resources, session_dir: Path) -> Any:
     import ray
     from ray._private import ray_constants
     from ray._private import worker as ray_worker
@@ -244,9 +261,25 @@ def _check_shm() -> None:
         )
 
 
-def _temp_root() -> str:
-    root = tempfile.gettempdir()
-    return root if len(root) <= MAX_TEMP_DIR_LENGTH else "/tmp"
+@contextmanager
+def _session_dir() -> Iterator[Path]:
+    """Make a folder for one session, and remove it; also those of drivers that were killed."""
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > MAX_TEMP_DIR_LENGTH:
+        root = Path("/tmp")
+    for folder in root.glob(f"{SESSION_PREFIX}*"):
+        with suppress(OSError), (folder / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=SESSION_PREFIX, dir=root, ignore_cleanup_errors=True
+    ) as name:
+        folder = Path(name)
+        # The lock ends with this process. It gets its name when it is held, not before.
+        with (folder / "lock.new").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "lock.new").rename(folder / "lock")
+            yield folder
 
 
 @contextmanager

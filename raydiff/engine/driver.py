@@ -5,9 +5,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from raydiff.engine.cluster import LocalCluster
 from raydiff.engine.scheduler import (
@@ -63,7 +62,7 @@ class Driver:
         """Rows by the request that they wait for; more than one where rows are equal."""
         self._num_waiting = 0
         self._num_read = 0
-        self._num_signals = 0
+        self._signals = _Signals()
         self._workers: dict[str, WorkerInfo] = {}
         self._rows_by_worker: Counter[str] = Counter()
         self._reported_at = float("-inf")
@@ -73,7 +72,7 @@ class Driver:
     @property
     def is_interrupted(self) -> bool:
         """Whether SIGINT or SIGTERM has asked it to stop."""
-        return self._num_signals > 0
+        return self._signals.count > 0
 
     def run(self) -> None:
         """Run to the end. SIGINT or SIGTERM lets the batches in flight end, a second one does not.
@@ -81,20 +80,17 @@ class Driver:
         Whatever has ended is committed, also where an error ends the run: EngineError, or the
         InputError that kept the first worker from starting.
         """
-        with _signals(self._interrupt):
+        with self._signals:
             error = self._loop()
         self._ledger.commit()
         self._report(_final_state(error, self.is_interrupted))
         if error is not None:
             raise error
 
-    def _interrupt(self) -> None:
-        self._num_signals += 1
-
     def _loop(self) -> RaydiffError | None:
         """Return the error that ends the run, None where there is none."""
-        while self._num_signals < 2:
-            if self._num_signals:
+        while self._signals.count < 2:
+            if self.is_interrupted:
                 self._scheduler.drain()
             is_reading = self._read_rows()
             for decision in self._scheduler.decide(time.monotonic()):
@@ -109,6 +105,7 @@ class Driver:
                         )
                     case StartWorker():
                         self._cluster.start_worker(decision.worker_id, decision.incarnation)
+                        self._signals.install()
                     case StopWorker():
                         self._stop(decision)
             for event in self._cluster.poll(0 if is_reading else POLL_S):
@@ -133,7 +130,7 @@ class Driver:
                 return False
             if row is None:
                 self._scheduler.close_input()
-                self._total = self._num_read
+                self._total = self._total or self._num_read
                 return False
             self._num_read += 1
             self._take(row)
@@ -228,24 +225,30 @@ def _final_state(error: RaydiffError | None, is_interrupted: bool) -> State:
     return "interrupted" if is_interrupted else "finished"
 
 
-@contextmanager
-def _signals(interrupt: Callable[[], None]) -> Iterator[None]:
-    """Call `interrupt` on SIGINT and SIGTERM; the third SIGINT is Python's own again."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    num_signals = 0
+class _Signals:
+    """Counts SIGINT and SIGTERM while it is entered; the third SIGINT is Python's own again."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal num_signals
-        num_signals += 1
-        if num_signals > 2 and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        interrupt()
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, Any] = {}
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals, also back from Ray, whose start replaces them below Python."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self._handle)
+            self._before.setdefault(number, before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count > 2 and number == signal.SIGINT:
+            raise KeyboardInterrupt

@@ -4,18 +4,16 @@ from collections.abc import Callable
 from functools import partial
 
 from raydiff.config import ModelConfig
-from raydiff.errors import ModelError
 from raydiff.request import ModelInfo
 from raydiff.weights.resolve import resolve_model
 
 
 class KnownModels:
-    """Finds models by name and remembers both what was found and what was not."""
+    """Finds models by name and remembers them."""
 
     def __init__(self, find: Callable[[str], ModelInfo]) -> None:
         self._find = find
         self._found: dict[str, ModelInfo] = {}
-        self._missing: dict[str, ModelError] = {}
         self.on_found: Callable[[str, ModelInfo], None] | None = None
         """Called with each further name and what it stands for."""
 
@@ -25,15 +23,9 @@ class KnownModels:
         return {name: info.revision for name, info in self._found.items()}
 
     def __call__(self, name: str) -> ModelInfo:
-        """Return the model, downloaded if need be. Raises ModelError, the same each time."""
-        if name in self._missing:
-            raise self._missing[name]
+        """Return the model, downloaded if need be. Raises ModelError."""
         if name not in self._found:
-            try:
-                self._found[name] = self._find(name)
-            except ModelError as error:
-                self._missing[name] = error
-                raise
+            self._found[name] = self._find(name)
             if self.on_found is not None:
                 self.on_found(name, self._found[name])
         return self._found[name]

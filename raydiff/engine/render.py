@@ -110,9 +110,12 @@ def run_manifest(
         num_before = len(ledger)
         spec = worker_spec(run.out_dir, config, renderer, arguments, resources)
         cluster = LocalCluster(resources, spec)
+        total = count_images(manifest, config)
+        is_one_each = total is not None and config.defaults.num_images == 1
+        start_row = ledger.num_leading_rows() if is_one_each else 0
         driver = Driver(
-            rows=read_rows(manifest, config=config, models=models),
-            total=count_images(manifest, config),
+            rows=read_rows(manifest, config=config, models=models, start_row=start_row),
+            total=total,
             lookahead=config.engine.lookahead,
             ledger=ledger,
             scheduler=Scheduler(_worker_ids(resources), config.engine),

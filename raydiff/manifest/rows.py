@@ -22,8 +22,10 @@ Models = Callable[[str], ModelInfo]
 FAMILY_TITLES = {"sd21": "SD 2.1", "sdxl": "SDXL"}
 
 
-def read_rows(manifest: Manifest, *, config: RunConfig, models: Models) -> Iterator[ManifestRow]:
-    """Yield one ManifestRow for each image of each row, or one with the row's error.
+def read_rows(
+    manifest: Manifest, *, config: RunConfig, models: Models, start_row: int = 0
+) -> Iterator[ManifestRow]:
+    """Yield one ManifestRow for each image of each row from `start_row` on, or one with its error.
 
     `models` finds and remembers a model by name; its ModelError becomes the row's error where
     the row names the model. Row numbers in messages are row indices, counted from 0. Raises
@@ -36,7 +38,7 @@ def read_rows(manifest: Manifest, *, config: RunConfig, models: Models) -> Itera
     rules = _RowRules(manifest, config, models)
     if "model" not in manifest.schema.names:
         rules.check_run_sizes()
-    return _rows(manifest, config, rules)
+    return _rows(manifest, config, rules, start_row)
 
 
 def extra_schema(manifest: Manifest) -> pa.Schema:
@@ -50,14 +52,16 @@ def extra_schema(manifest: Manifest) -> pa.Schema:
     )
 
 
-def _rows(manifest: Manifest, config: RunConfig, rules: "_RowRules") -> Iterator[ManifestRow]:
+def _rows(
+    manifest: Manifest, config: RunConfig, rules: "_RowRules", start_row: int
+) -> Iterator[ManifestRow]:
     schema = extra_schema(manifest)
     extra_names = list(extra_columns(manifest.schema))
-    for first_row, batch in manifest.batches():
+    for first_row, batch in manifest.batches(start_row):
         extras = pa.RecordBatch.from_arrays([batch.column(n) for n in extra_names], schema=schema)
         for offset, given in enumerate(known_values(batch)):
             row_index = first_row + offset
-            if row_index == config.limit:
+            if config.limit is not None and row_index >= config.limit:
                 return
             extra = extras.slice(offset, 1) if extra_names else None
             yield from _images(row_index, given, rules, extra)

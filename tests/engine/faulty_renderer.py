@@ -1,5 +1,6 @@
 """A renderer for the engine's tests: what a row's prompt says is what happens to it."""
 
+import ctypes
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from raydiff.request import RenderRequest
 
 
 class FaultyRenderer:
-    """Renders noise; a prompt with `raise`, `die`, `stop` or `lose the GPU` fails in that way.
+    """Renders noise; a prompt with `raise`, `die`, `crash` or `lose the GPU` fails in that way.
 
     log: file that gets a line for each row that is rendered: request_id, process, batch size.
     max_rows: more rows in a batch are out of memory. row_ms: milliseconds that a row takes.
@@ -58,8 +59,8 @@ class FaultyRenderer:
             raise EngineError("the GPU failed")
         if "die" in prompt:
             os.kill(os.getpid(), signal.SIGKILL)
-        if "stop" in prompt:
-            os._exit(3)
+        if "crash" in prompt:
+            ctypes.string_at(0)
 
     def _pixels(self, request: RenderRequest) -> np.ndarray:
         rng = np.random.default_rng(request.seed)

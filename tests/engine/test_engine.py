@@ -65,7 +65,7 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     prompts: list[str | None] = [f"prompt {number}" for number in range(200)]
     prompts[10] = None
     prompts[20] = "please raise"
-    prompts[60] = "please die"
+    prompts[60] = "please crash"
     prompts[100] = prompts[101] = prompts[199] = "the same"
     manifest, out, log = write_prompts(prompts), tmp_path / "out", tmp_path / "renders.log"
     chaos = Chaos(log)
@@ -88,13 +88,14 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     assert results["status"][20].as_py() == "failed"
     assert "cannot render 'please raise'" in results["error"][20].as_py()
     assert results["status"][60].as_py() == "quarantined"
-    assert "died rendering this row" in results["error"][60].as_py()
+    assert "workers died rendering this row" in results["error"][60].as_py()
+    assert "died: Segmentation fault" in results["error"][60].as_py()
     assert not [problem for problem in Verification(out) if problem.is_error]
     # One batch was under way in each dead worker, and one behind it.
     assert sum(rendered(log).values()) <= 195 + 5 * 8
     assert len({results["file_name"][row].as_py() for row in (100, 101, 199)}) == 1
     assert len(chaos.warnings) >= 4
-    assert all("died: killed" in warning for warning in chaos.warnings)
+    assert any("died: killed" in warning for warning in chaos.warnings)
     assert read_progress(out).state == "finished"
 
     assert chaos.addresses
@@ -103,9 +104,9 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     assert not psutil.Process().children(recursive=True)
 
 
-def start(manifest: Path, out: Path, log: Path) -> "subprocess.Popen[bytes]":
+def start(manifest: Path, out: Path, log: Path, row_ms: int = 10) -> "subprocess.Popen[bytes]":
     program = Path(__file__).with_name("drive.py")
-    arguments = [str(manifest), str(out), str(log), "10"]
+    arguments = [str(manifest), str(out), str(log), str(row_ms)]
     return subprocess.Popen([sys.executable, str(program), *arguments], start_new_session=True)
 
 
@@ -161,6 +162,23 @@ def test_an_interrupted_and_a_killed_run_are_continued(
     started = time.monotonic()
     assert drive(manifest, out, log).ended == 0
     assert time.monotonic() - started < 3
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path, write_prompts: WritePrompts) -> None:
+    manifest = write_prompts([f"prompt {number}" for number in range(600)])
+    out, log = tmp_path / "out", tmp_path / "renders.log"
+    driver = start(manifest, out, log, row_ms=5000)
+    until = time.monotonic() + 60
+    status = out / "status.json"
+    while not status.exists() or '"busy"' not in status.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.kill(driver.pid, signal.SIGTERM)
+    time.sleep(1)
+    assert driver.poll() is None
+    os.kill(driver.pid, signal.SIGTERM)
+    assert driver.wait(15) == 130
+    assert read_progress(out).state == "interrupted"
 
 
 def test_a_renderer_that_cannot_start_ends_the_run(
