@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydiff.errors import ModelError
+from raydiff.models.feature_map import add_maps, enlarge_nearest
 from raydiff.models.group_norm import GroupNorm
-from raydiff.models.tokens import to_image, to_tokens
+from raydiff.models.tokens import PointwiseConv, to_image, to_tokens
 
 NORM_EPS = 1e-6
 """Every GroupNorm of this family, in all published checkpoints (the UNet's resnets have 1e-5)."""
@@ -205,7 +206,7 @@ class AutoencoderKL(nn.Module):
         return torch.stack([x * std / config.scaling_factor + mean for x, mean, std in channels], 1)
 
     def prepare_for_inference(self, channels_last: bool) -> None:
-        """Fuse the attention projections and order the convolutions' memory, in place.
+        """Fuse the attention projections, fold biases and order memory, in place.
 
         Call it after the weights are loaded: parameter names are no longer the checkpoint's.
         channels_last is the layout of CUDA's tensor-core convolutions.
@@ -215,6 +216,8 @@ class AutoencoderKL(nn.Module):
         for module in list(self.modules()):
             if isinstance(module, Attention):
                 module.fuse_projections()
+            elif isinstance(module, ResnetBlock):
+                module.fold_biases()
             elif isinstance(module, nn.Conv2d) and channels_last:
                 module.weight.data = module.weight.data.contiguous(
                     memory_format=torch.channels_last
@@ -377,13 +380,33 @@ class ResnetBlock(nn.Module):
         self.norm2 = GroupNorm(groups, channels, eps=NORM_EPS, silu=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = (
-            nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
+            PointwiseConv(in_channels, channels) if in_channels != channels else None
         )
+        self.conv1_bias: Tensor | None = None
+        self.conv2_bias: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(self.norm1(x))
-        hidden = self.conv2(self.norm2(hidden))
-        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        hidden = self.conv2(self.norm2(hidden, self.conv1_bias))
+        if self.conv_shortcut is not None:
+            x = to_image(self.conv_shortcut(to_tokens(x)), x.shape[-2:])
+        return add_maps(x, hidden, self.conv2_bias)
+
+    @torch.no_grad()
+    def fold_biases(self) -> None:
+        """Take both convolutions' biases to where a later operation adds them for free.
+
+        A convolution's bias is a pass of its own over the map in eager torch.
+        """
+        if self.conv1.bias is not None:
+            self.conv1_bias, self.conv1.bias = self.conv1.bias, None
+        if self.conv2.bias is not None:
+            shortcut = self.conv_shortcut
+            if shortcut is None or shortcut.bias is None:
+                self.conv2_bias = self.conv2.bias
+            else:
+                shortcut.bias = nn.Parameter(shortcut.bias + self.conv2.bias, requires_grad=False)
+            self.conv2.bias = None
 
 
 class Attention(nn.Module):
@@ -454,4 +477,4 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(enlarge_nearest(x, (2 * x.shape[2], 2 * x.shape[3])))

@@ -22,7 +22,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Normalise x (B, C, H, W), or x plus `shift` (B, C) where one is given."""
+        """Normalise x (B, C, H, W), or x plus `shift` (B, C) or (C,) where one is given."""
         return group_norm_silu(
             x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, shift=shift
         )
@@ -38,12 +38,12 @@ def group_norm_silu(
     silu: bool = True,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """silu(group_norm(x + shift)) in x's dtype and layout: x (B, C, H, W), shift (B, C)."""
+    """silu(group_norm(x + shift)) in x's dtype and layout: x (B, C, H, W), shift (B, C) or (C,)."""
     # Under torch.compile too: Inductor's own reductions over channels_last maps are slower.
     if can_run_triton(x, weight) and x.is_contiguous(memory_format=torch.channels_last):
         return group_norm_channels_last(x, shift, weight, bias, num_groups, eps, silu)
     if shift is not None:
-        x = x + shift[:, :, None, None]
+        x = x + shift[..., None, None]
     x = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(x) if silu else x
 

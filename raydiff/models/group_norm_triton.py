@@ -27,7 +27,7 @@ def launch_group_norm(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """silu(group_norm(x + shift)) for a channels_last x (B, C, H, W) and shift (B, C) or None."""
+    """silu(group_norm(x + shift)) of a channels_last x (B, C, H, W); shift (B, C), (C,) or None."""
     num_rows, num_channels, height, width = x.shape
     num_pixels = height * width
     y = torch.empty_like(x)
@@ -40,7 +40,7 @@ def launch_group_norm(
     group_channels = num_channels // num_groups
     moments = x.new_empty((2, num_rows, num_slices, num_channels), dtype=torch.float32)
     affine = x.new_empty((2, num_rows, num_channels), dtype=torch.float32)
-    if shift is not None and shift.stride(1) != 1:
+    if shift is not None and shift.stride(-1) != 1:
         shift = shift.contiguous()
 
     with torch.cuda.device(x.device):
@@ -67,7 +67,7 @@ def launch_group_norm(
             group_channels,
             num_slices,
             slice_pixels,
-            0 if shift is None else shift.stride(0),
+            0 if shift is None or shift.ndim == 1 else shift.stride(0),
             float(num_pixels * group_channels),
             eps,
             has_shift=shift is not None,
@@ -135,7 +135,7 @@ def _affine(
     square_ptr,  # (B, slices, C)
     weight_ptr,  # (C,)
     bias_ptr,  # (C,)
-    shift_ptr,  # (B, C)
+    shift_ptr,  # (B, C), or (C,) with a shift_stride of 0
     scale_ptr,  # (B, C) out
     offset_ptr,  # (B, C) out
     num_pixels,

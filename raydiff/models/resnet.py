@@ -1,9 +1,9 @@
 """The UNet's convolutional parts: residual block, downsampling, upsampling."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydiff.models.feature_map import add_maps, enlarge_nearest
 from raydiff.models.group_norm import GroupNorm
 from raydiff.models.tokens import PointwiseConv, to_image, to_tokens
 
@@ -22,6 +22,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         has_shortcut = in_channels != out_channels
         self.conv_shortcut = PointwiseConv(in_channels, out_channels) if has_shortcut else None
+        self.conv2_bias: Tensor | None = None
 
     def forward(self, x: Tensor, time_activation: Tensor) -> Tensor:
         """x (B, in, H, W), time_activation = silu(time embedding) (B, T) -> (B, out, H, W)."""
@@ -30,20 +31,23 @@ class ResnetBlock(nn.Module):
         hidden = self.conv2(hidden)
         if self.conv_shortcut is not None:
             x = to_image(self.conv_shortcut(to_tokens(x)), x.shape[-2:])
-        return hidden + x
+        return add_maps(x, hidden, self.conv2_bias)
 
     @torch.no_grad()
     def fold_biases(self) -> None:
-        """Move both convolutions' biases into linear layers that are added to the same sums.
+        """Take both convolutions' biases to where a later operation adds them for free.
 
-        A convolution's bias is a pass of its own over the map in eager torch; a GEMM's is free.
+        A convolution's bias is a pass of its own over the map in eager torch.
         """
         if self.conv1.bias is not None:
             self.time_emb_proj.bias.add_(self.conv1.bias)
             self.conv1.bias = None
-        shortcut_bias = None if self.conv_shortcut is None else self.conv_shortcut.bias
-        if shortcut_bias is not None and self.conv2.bias is not None:
-            shortcut_bias.add_(self.conv2.bias)
+        if self.conv2.bias is not None:
+            shortcut = self.conv_shortcut
+            if shortcut is None or shortcut.bias is None:
+                self.conv2_bias = self.conv2.bias
+            else:
+                shortcut.bias = nn.Parameter(shortcut.bias + self.conv2.bias, requires_grad=False)
             self.conv2.bias = None
 
 
@@ -68,4 +72,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); `size` is the next skip's, which may be odd."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(enlarge_nearest(x, (size[0], size[1])))

@@ -186,7 +186,7 @@ def _gather(
     _output: Tensor,
 ) -> None:
     """Add count, sum and sum of squares of each group, over the tile's own part of the image."""
-    x = args[0]
+    x = _shifted(*args)
     core = x[:, :, _core(tile.rows, x.shape[2]), _core(tile.columns, x.shape[3])]
     groups = core.unflatten(1, (norm.num_groups, -1))  # (1, G, C / G, h, w)
     dims = (0, 2, 3, 4)
@@ -195,6 +195,11 @@ def _gather(
     count = torch.full_like(total, groups.numel() / norm.num_groups)
     gathered = torch.stack((count, total, square))  # (3, G)
     sums[norm] = sums[norm] + gathered if norm in sums else gathered
+
+
+def _shifted(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """What a GroupNorm called with these arguments normalises."""
+    return x if shift is None else x + shift[..., None, None]
 
 
 def _core(span: Span, length: int) -> slice:
@@ -209,7 +214,7 @@ def _normalize(
     sums: dict[GroupNorm, Tensor], norm: GroupNorm, args: tuple[Tensor, ...], _output: Tensor
 ) -> Tensor:
     """What the norm gives with the whole image's statistics."""
-    x = args[0]
+    x = _shifted(*args)
     count, total, square = sums[norm]
     mean = total / count
     variance = (square / count - mean**2).clamp(min=0)

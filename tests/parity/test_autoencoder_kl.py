@@ -161,6 +161,21 @@ def test_prepare_for_inference_can_be_repeated():
     assert not any(".to_q." in name for name in names)
 
 
+def test_preparation_folds_the_residual_blocks_biases():
+    """What is left are the convolutions before and after them, and those that change the size."""
+    reference = reference_model("sdxl")
+    model = our_model(reference, "prepared")
+    biased = {
+        name.removesuffix(".bias")
+        for name, _ in model.named_parameters()
+        if name.endswith(".bias") and "conv" in name and "norm" not in name
+    }
+    between = {name for name in biased if ".conv_shortcut" not in name and "samplers" not in name}
+    ends = {f"{part}.{conv}" for part in ("encoder", "decoder") for conv in ("conv_in", "conv_out")}
+    assert between == ends | {"quant_conv", "post_quant_conv"}
+    assert len(biased - between) == 2 * (3 + 2)  # size changes, and width changes 16-32-64
+
+
 def test_channels_last_reaches_the_pixels():
     model = our_model(reference_model("sd"), "prepared_channels_last")
     latents = torch.randn(1, 4, 6, 7, generator=torch.Generator().manual_seed(6))
