@@ -26,7 +26,7 @@ OBJECT_STORE_BYTES = 100 * 2**20
 SHM = Path("/dev/shm")
 FAULT = "Fatal Python error: "
 SESSION_PREFIX = "raydiff-"
-MAX_TEMP_DIR_LENGTH = 24
+MAX_TEMP_DIR_LENGTH = 20
 """Ray puts Unix sockets below it, and their paths may have 107 characters."""
 
 

@@ -18,6 +18,7 @@ from raydiff.memory.profiles import Profile, resolve_profile
 from raydiff.output.keys import Keys, row_key, row_keys
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.part_files import map_parts
+from raydiff.output.run_file import check_same_run
 from raydiff.output.sorted_index import SortedIndex
 from raydiff.request import ModelInfo
 
@@ -66,13 +67,14 @@ def plan(config: RunConfig) -> PlanReport:
     """
     manifest = open_rows(config)
     models = known_models(config.model)
-    done_rows = _done_rows(config.out)
+    rows = read_rows(manifest, config=config, models=models)
+    done_rows = _done_rows(manifest, config, models)
     bad_rows: list[str] = []
     counts: Counter[str] = Counter()
     seen: set[bytes] = set()
     seen_done: set[bytes] = set()
     shapes: Counter[BatchKey] = Counter()
-    for row in read_rows(manifest, config=config, models=models):
+    for row in rows:
         is_done = row_key(row.row_index, row.image_index) in done_rows
         counts.update(images=1, done=is_done, bad=row.request is None)
         if row.request is None:
@@ -115,11 +117,20 @@ def count_images(manifest: Manifest, config: RunConfig) -> int | None:
     return num_rows * config.defaults.num_images
 
 
-def _done_rows(out: str | None) -> SortedIndex:
-    """Return the keys of the rows that the output folder has metadata of."""
+def _done_rows(manifest: Manifest, config: RunConfig, models: KnownModels) -> SortedIndex:
+    """Return the keys of the rows that the output folder has, if it is a run of this manifest."""
     keys: list[Keys] = [np.empty(0, np.uint64)]
-    if out is not None and (Path(out) / METADATA_DIR).is_dir():
-        parts, _ = map_parts(Path(out) / METADATA_DIR, ["row_index", "image_index"], row_keys)
+    if config.out is not None and (Path(config.out) / METADATA_DIR).is_dir():
+        check_same_run(
+            config.out,
+            config=config,
+            manifest_uri=manifest.uri,
+            manifest_fingerprint=manifest.fingerprint,
+            num_rows=manifest.num_rows,
+            models=models.revisions,
+        )
+        columns = ["row_index", "image_index"]
+        parts, _ = map_parts(Path(config.out) / METADATA_DIR, columns, row_keys)
         keys += parts
     return SortedIndex(np.concatenate(keys))
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from raydiff.engine.worker import WorkerSpec
 from raydiff.errors import ConfigError, EngineError, InputError
 from raydiff.manifest.reader import Manifest
 from raydiff.manifest.rows import extra_schema, read_rows
-from raydiff.memory.gpus import visible_gpus
+from raydiff.memory.gpus import GpuInfo, visible_gpus
 from raydiff.output.ledger import Ledger
 from raydiff.output.progress import Progress, ProgressFile
 from raydiff.output.run_file import Run, start_run
@@ -79,7 +79,7 @@ def render(
         models=models,
         renderer=RENDERER,
         arguments={"model": config.model, "memory": config.memory, "preload": preload},
-        resources=choose_resources(config),
+        resources=choose_resources(config, visible_gpus()),
         on_progress=on_progress,
         on_warning=on_warning,
     )
@@ -142,13 +142,13 @@ def run_manifest(
         )
 
 
-def choose_resources(config: RunConfig) -> Resources:
+def choose_resources(config: RunConfig, gpus: Sequence[GpuInfo]) -> Resources:
     """Return how many workers to start: one per GPU, or on the CPU where there is none.
 
     Raises ConfigError for more workers than GPUs.
     """
     is_on_gpu = config.memory.profile != "cpu_only" or "cuda" in config.memory.devices.values()
-    num_gpus = len(visible_gpus()) if is_on_gpu else 0
+    num_gpus = len(gpus) if is_on_gpu else 0
     asked = config.engine.workers
     if asked == "auto":
         return Resources(num_workers=max(1, num_gpus), num_gpus=num_gpus)

@@ -117,15 +117,8 @@ def start_run(
     _make_folder(folder)
     lock = RunLock(folder).acquire()
     try:
-        wanted = RunFile(
-            manifest=_redacted(manifest_uri),
-            manifest_fingerprint=manifest_fingerprint,
-            num_rows=num_rows,
-            models=dict(models),
-            recipe_version=RECIPE_VERSION,
-            config=_resolved(config),
-            created_at=_now(),
-            sessions=(_session(lock),),
+        wanted = _run_file(
+            config, manifest_uri, manifest_fingerprint, num_rows, models, (_session(lock),)
         )
         is_resumed = (folder / RUN_FILE).exists()
         if is_resumed:
@@ -141,6 +134,21 @@ def start_run(
         lock.release()
         raise
     return Run(folder, lock, wanted, is_resumed=is_resumed)
+
+
+def check_same_run(
+    out_dir: str | Path,
+    *,
+    config: RunConfig,
+    manifest_uri: str,
+    manifest_fingerprint: str,
+    num_rows: int,
+    models: Mapping[str, str],
+) -> None:
+    """Raise OutputError if `out_dir` is a run that `start_run` would not go on with."""
+    if (Path(out_dir) / RUN_FILE).exists():
+        wanted = _run_file(config, manifest_uri, manifest_fingerprint, num_rows, models, ())
+        _continue(Path(out_dir), read_run(out_dir), wanted)
 
 
 def read_run(out_dir: str | Path) -> RunFile:
@@ -171,6 +179,26 @@ def check_is_run(out_dir: str | Path) -> None:
         raise OutputError(f"{folder}: no such folder. Name the output folder of a run.")
     if not is_run:
         raise OutputError(f"{folder}: not a run: it has no {RUN_FILE}. Name a run's output folder.")
+
+
+def _run_file(
+    config: RunConfig,
+    manifest_uri: str,
+    manifest_fingerprint: str,
+    num_rows: int,
+    models: Mapping[str, str],
+    sessions: tuple[Session, ...],
+) -> RunFile:
+    return RunFile(
+        manifest=_redacted(manifest_uri),
+        manifest_fingerprint=manifest_fingerprint,
+        num_rows=num_rows,
+        models=dict(models),
+        recipe_version=RECIPE_VERSION,
+        config=_resolved(config),
+        created_at=_now(),
+        sessions=sessions,
+    )
 
 
 def _make_folder(folder: Path) -> None:
