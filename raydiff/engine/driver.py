@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FrameType
 from typing import Any, Self
 
@@ -161,6 +162,8 @@ class Driver:
             self._scheduler.offer(row.request)
 
     def _end(self, result: RenderResult) -> None:
+        if result.finished_at is None:
+            result = replace(result, finished_at=time.time())
         rows = self._waiting.pop(result.request_id)
         self._num_waiting -= len(rows)
         self.num_duplicates += len(rows) - 1

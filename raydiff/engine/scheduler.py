@@ -100,9 +100,9 @@ class FinishRun:
 Decision = StartWorker | StopWorker | Dispatch | EndRequest | FinishRun
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class _InFlight:
-    """A batch that a worker holds."""
+    """A batch that a worker holds, or that waits to be retried."""
 
     batch: RenderBatch
     num_crashes: int = 0

@@ -23,6 +23,7 @@ def drive(
     log: Path,
     *,
     row_ms: float = 1,
+    num_gpus: int = 0,
     renderer: str = RENDERER,
     engine: dict[str, Any] | None = None,
     **callbacks: Any,
@@ -36,13 +37,14 @@ def drive(
             "output": {"commit_s": 0.2},
         }
     )
+    resources = Resources(num_workers=2, num_gpus=num_gpus)
     return run_manifest(
         open_manifest(manifest),
         config=config,
         models=KnownModels(lambda name: MODEL),
         renderer=renderer,
         arguments={"log": str(log), "row_ms": row_ms},
-        resources=Resources(num_workers=2, num_gpus=0),
+        resources=resources,
         **callbacks,
     )
 

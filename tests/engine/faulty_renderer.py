@@ -17,7 +17,8 @@ from raydiff.request import RenderRequest
 class FaultyRenderer:
     """Renders noise; a prompt with `raise`, `die`, `crash` or `lose the GPU` fails in that way.
 
-    log: file that gets a line for each row that is rendered: request_id, process, batch size.
+    log: file that gets a line for each row that is rendered: request_id, process, batch size,
+    and the GPUs that CUDA would show.
     max_rows: more rows in a batch are out of memory. row_ms: milliseconds that a row takes.
     """
 
@@ -39,8 +40,9 @@ class FaultyRenderer:
             raise OutOfMemoryError(f"{len(requests)} rows do not fit")
         elapsed_s = self._row_ms / 1000 * len(requests)
         time.sleep(elapsed_s)
+        about = f"{os.getpid()} {len(requests)} gpus={os.environ.get('CUDA_VISIBLE_DEVICES')}"
         with self._log.open("a") as log:
-            log.writelines(f"{r.request_id} {os.getpid()} {len(requests)}\n" for r in requests)
+            log.writelines(f"{request.request_id} {about}\n" for request in requests)
         return RenderedBatch(
             pixels=[self._pixels(request) for request in requests],
             warnings=["cut" if "long" in request.prompt else None for request in requests],

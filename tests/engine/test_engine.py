@@ -31,6 +31,10 @@ def rendered(log: Path) -> Counter[str]:
     return Counter(line.split()[0] for line in log.read_text().splitlines())
 
 
+def visible_gpus(log: Path) -> set[str]:
+    return {line.split("gpus=")[1] for line in log.read_text().splitlines()}
+
+
 class Chaos:
     """Kills a worker once, and looks at the cluster while it is there."""
 
@@ -74,6 +78,7 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
         out,
         log,
         row_ms=10,
+        num_gpus=2,
         on_progress=chaos.on_progress,
         on_warning=chaos.warnings.append,
     )
@@ -98,6 +103,8 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     assert any("died: killed" in warning for warning in chaos.warnings)
     assert read_progress(out).state == "finished"
 
+    # Ray believes in the two GPUs, and gives each worker one.
+    assert visible_gpus(log) == {"0", "1"}
     assert chaos.addresses
     assert chaos.addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert capfd.readouterr().out == ""
@@ -207,3 +214,4 @@ def test_a_disk_that_fails_ends_the_run_and_it_can_be_continued(
     num_done = read_results(out).num_rows
     assert 20 <= num_done < 300
     assert statuses(out) == {"completed": num_done}
+    assert visible_gpus(log) == {""}

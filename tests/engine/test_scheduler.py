@@ -242,24 +242,23 @@ def test_a_batch_behind_the_crashed_one_is_blameless_and_retried_alone() -> None
 def test_a_batch_that_only_stood_before_a_poison_row_is_never_quarantined() -> None:
     """The head may be written, not rendered, when the next batch kills the worker."""
     machine = scheduler(num_rows=2, batch_size=1)
-    poison = request(1).request_id
+    innocent, poison = request(0).request_id, request(1).request_id
     statuses: dict[str, str] = {}
-    incarnation = 1
     decisions = machine.decide(0.0)
     while not any(isinstance(decision, FinishRun) for decision in decisions):
-        decisions = machine.decide(0.0)
         statuses |= ended(decisions)
-        if any(isinstance(decision, StartWorker) for decision in decisions):
-            incarnation += 1
-        machine.handle(ready(incarnation=incarnation - 1)) if incarnation > 1 else None
-        machine.handle(ready(incarnation=incarnation))
+        for decision in decisions:
+            if isinstance(decision, StartWorker):
+                machine.handle(ready(incarnation=decision.incarnation))
         sent = dispatches(decisions)
-        if any(row.request_id == poison for one in sent for row in one.batch.requests):
+        if any(one.batch.requests[0].request_id == poison for one in sent):
             machine.handle(failed(incarnation=sent[0].incarnation))
         else:
             for one in sent:
                 machine.handle(done(one))
-    assert statuses == {request(0).request_id: "completed", poison: "quarantined"}
+        decisions = machine.decide(0.0)
+    statuses |= ended(decisions)
+    assert statuses == {innocent: "completed", poison: "quarantined"}
 
 
 def test_a_worker_that_dies_idle_blames_nobody() -> None:
