@@ -14,8 +14,10 @@ from torch import Tensor
 # VAEs: no lane idles, whatever the number of channels in a group.
 BLOCK_CHANNELS = 64
 BLOCK_PIXELS = 128
-MAX_SLICES = 128
-BLOCK_SLICES = 32
+SLICE_TILE = 32  # pixels that `_moments` loads at a time
+MIN_SLICE_PIXELS = 256
+MAX_SLICES = 256
+BLOCK_SLICES = 64
 
 
 def launch_group_norm(
@@ -33,8 +35,8 @@ def launch_group_norm(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    num_tiles = triton.cdiv(num_pixels, BLOCK_PIXELS)
-    slice_pixels = triton.cdiv(num_tiles, MAX_SLICES) * BLOCK_PIXELS
+    # From the map's size alone, never the batch's: a row must not depend on the rows beside it.
+    slice_pixels = max(MIN_SLICE_PIXELS, triton.cdiv(num_pixels, MAX_SLICES))
     num_slices = triton.cdiv(num_pixels, slice_pixels)
     channel_blocks = triton.cdiv(num_channels, BLOCK_CHANNELS)
     group_channels = num_channels // num_groups
@@ -51,7 +53,7 @@ def launch_group_norm(
             num_pixels,
             num_channels,
             slice_pixels,
-            block_p=BLOCK_PIXELS,
+            block_p=SLICE_TILE,
             block_c=BLOCK_CHANNELS,
         )
         _affine[(num_groups, num_rows)](
@@ -74,7 +76,7 @@ def launch_group_norm(
             block_s=BLOCK_SLICES,
             block_c=triton.next_power_of_2(group_channels),
         )
-        _apply[(num_tiles * channel_blocks, num_rows)](
+        _apply[(triton.cdiv(num_pixels, BLOCK_PIXELS) * channel_blocks, num_rows)](
             x,
             affine[0],
             affine[1],
@@ -105,28 +107,26 @@ def _moments(
     row = tl.program_id(2)
     in_map = channels < num_channels
     begin = index * slice_pixels
-    end = tl.minimum(begin + slice_pixels, num_pixels)
-    row_start = row.to(tl.int64) * num_pixels
-    mean = tl.zeros((block_c,), dtype=tl.float32)
-    square = tl.zeros((block_c,), dtype=tl.float32)
-    for start in range(begin, end, block_p):
-        pixels = tl.arange(0, block_p)
-        mask = (pixels < end - start)[:, None] & in_map[None, :]
-        tile = x_ptr + (row_start + start) * num_channels
+    count = tl.minimum(slice_pixels, num_pixels - begin)
+    slice_ptr = x_ptr + (row.to(tl.int64) * num_pixels + begin) * num_channels
+    # Deviations from a pixel of the slice: E[x^2] - E[x]^2 would cancel where the mean is large,
+    # while a member's squared deviation is at most `count` times the variance.
+    pivot = tl.load(slice_ptr + channels, mask=in_map, other=0.0).to(tl.float32)
+    total = tl.zeros((block_p, block_c), dtype=tl.float32)
+    square = tl.zeros((block_p, block_c), dtype=tl.float32)
+    for start in tl.range(0, count, block_p, num_stages=3):
+        pixels = start + tl.arange(0, block_p)
+        mask = (pixels < count)[:, None] & in_map[None, :]
         offsets = pixels[:, None] * num_channels + channels[None, :]
-        x = tl.load(tile + offsets, mask=mask, other=0.0).to(tl.float32)
-        # Chan's update: exact where E[x^2] - E[x]^2 would cancel.
-        count = tl.minimum(end - start, block_p).to(tl.float32)
-        seen = (start - begin).to(tl.float32)
-        tile_mean = tl.sum(x, axis=0) / count
-        centred = tl.where(mask, x - tile_mean[None, :], 0.0)
-        delta = tile_mean - mean
-        share = count / (seen + count)
-        mean += delta * share
-        square += tl.sum(centred * centred, axis=0) + delta * delta * (seen * share)
+        x = tl.load(slice_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        deviation = tl.where(mask, x - pivot[None, :], 0.0)
+        total += deviation
+        square += deviation * deviation
+    mean = tl.sum(total, axis=0) / count
     out = (row * tl.num_programs(1) + index) * num_channels + channels
-    tl.store(mean_ptr + out, mean, mask=in_map)
-    tl.store(square_ptr + out, square, mask=in_map)
+    tl.store(mean_ptr + out, pivot + mean, mask=in_map)
+    around_mean = tl.sum(square, axis=0) - mean * mean * count
+    tl.store(square_ptr + out, tl.maximum(around_mean, 0.0), mask=in_map)
 
 
 @triton.jit
