@@ -336,6 +336,6 @@ def test_compiled_blocks_run_the_kernels_and_copy_no_map():
         "add_layer_norm": 5,
         "geglu": 2,
     }
-    # A layout change shows as a generated kernel that clones; small (B, C) rows may be cloned.
-    assert not re.findall(r"triton_\w*fused_\w*(?:native_group_norm|native_layer_norm|gelu)", code)
-    assert "convert_layout" not in code
+    # What Inductor itself generates; a change of a map's layout would show as a clone.
+    generated = set(re.findall(r"triton_\w*fused_\w+", code))
+    assert not [name for name in generated if re.search("clone|_norm|gelu", name)], generated
