@@ -41,7 +41,7 @@ def render(
     if config.out is None:
         if config.manifest is not None:
             raise click.UsageError("name an output folder: --out FOLDER")
-        folder = f"raydiff-out/{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+        folder = f"raydiff-out-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
         config = config.model_copy(update={"out": folder})
 
     from raydiff.cli.progress import show_progress

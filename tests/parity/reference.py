@@ -1,4 +1,4 @@
-"""Small random-weight pipelines saved by diffusers itself: the reference that raydiff must equal."""
+"""Small random-weight pipelines saved by diffusers itself: the reference to be equal to."""
 
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def _sd21(folder: Path, *, is_v: bool) -> StableDiffusionPipeline:
             UNet2DConditionModel(
                 sample_size=16,
                 block_out_channels=(32, 64, 64, 64),
-                layers_per_block=2,
+                layers_per_block=1,
                 attention_head_dim=[2, 4, 4, 4],
                 cross_attention_dim=64,
                 norm_num_groups=8,
@@ -143,7 +143,7 @@ def _sdxl(folder: Path) -> StableDiffusionXLPipeline:
                 block_out_channels=(32, 64, 64),
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                layers_per_block=2,
+                layers_per_block=1,
                 attention_head_dim=[2, 4, 4],
                 transformer_layers_per_block=[1, 2, 3],
                 cross_attention_dim=96,
@@ -165,7 +165,7 @@ def _vae(scaling_factor: float) -> AutoencoderKL:
             block_out_channels=(16, 16, 32, 32),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
+            layers_per_block=1,
             norm_num_groups=4,
             scaling_factor=scaling_factor,
             sample_size=128,

@@ -1,0 +1,28 @@
+"""One thread for torch (the models are tiny), no network, and tiny pipelines to render with."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny SD 2.1 pipeline folder, as `raydiff models make-tiny sd21` makes it."""
+    return _tiny("sd21", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny SDXL pipeline folder."""
+    return _tiny("sdxl", tmp_path_factory)
+
+
+def _tiny(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from raydiff.pipelines.tiny import make_tiny
+
+    return make_tiny(family, tmp_path_factory.mktemp("models") / family)  # type: ignore[arg-type]

