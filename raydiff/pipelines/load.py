@@ -62,6 +62,9 @@ def load_pipeline(
         name: count * compute_dtype.itemsize for name, count in model.num_parameters.items()
     }
     policy = resolve_profile(memory, model.family, component_bytes, gpu)
+    if compute_dtype == torch.float32:
+        # Convolutions round to TF32 by default: 10 bits of mantissa where 23 were asked for.
+        torch.backends.cudnn.allow_tf32 = False
     return _build(model, policy, config, compute_dtype)
 
 

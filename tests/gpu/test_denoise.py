@@ -41,10 +41,11 @@ def start(device: str) -> DenoiseState:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_mixed_batch_never_waits_and_equals_the_cpu():
     on_cpu, on_gpu = start("cpu"), start("cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         while not on_gpu.is_done:
             latents, timesteps, _ = on_gpu.model_input()
             on_gpu.step(model(latents, timesteps))
