@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -95,7 +96,13 @@ class LocalCluster:
         if self._ray is None:
             self._ray, self._logs = self._session.enter_context(_local_ray(self._resources))
         # The driver owns replacement and retries: Ray would repeat a deadly batch for ever.
-        options = {"max_restarts": 0, "max_task_retries": 0, **self._resources.per_worker}
+        # Task events feed a dashboard that is not there; they cost a third of a call's time.
+        options = {
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "enable_task_events": False,
+            **self._resources.per_worker,
+        }
         actor = self._ray.remote(WorkerActor).options(**options).remote(worker_id, self._spec)
         self._actors[worker_id] = actor
         for ref in (actor.lifetime.remote(), actor.start.remote()):
@@ -121,6 +128,7 @@ class LocalCluster:
     def poll(self, timeout_s: float) -> list[Event]:
         """Wait for at least one report, at most `timeout_s`; replies come before failures."""
         if not self._pending:
+            time.sleep(timeout_s)
             return []
         refs = list(self._pending)
         ready, _ = self._ray.wait(refs, timeout=timeout_s, fetch_local=False)

@@ -52,7 +52,7 @@ class Driver:
         """`total` is the number of images, None if that is known only when all rows are read."""
         self._rows = rows
         self._total = total
-        self._max_waiting = 2 * lookahead
+        self._max_equal_waiting = lookahead
         self._ledger = ledger
         self._scheduler = scheduler
         self._cluster = cluster
@@ -61,7 +61,8 @@ class Driver:
         self._on_warning = on_warning
         self._waiting: dict[str, list[ManifestRow]] = {}
         """Rows by the request that they wait for; more than one where rows are equal."""
-        self._num_waiting = 0
+        self._num_equal_waiting = 0
+        """Rows beyond the first of each request: the scheduler bounds the number of requests."""
         self._num_read = 0
         self._signals = _Signals()
         self._workers: dict[str, WorkerInfo] = {}
@@ -123,7 +124,7 @@ class Driver:
     def _read_rows(self) -> bool:
         """Read rows for a moment; return whether there is room for more at once."""
         until = time.monotonic() + READ_SLICE_S
-        while self._scheduler.wants_rows and self._num_waiting < self._max_waiting:
+        while self._scheduler.wants_rows and self._num_equal_waiting < self._max_equal_waiting:
             try:
                 row = next(self._rows, None)
             except InputError as error:
@@ -152,20 +153,19 @@ class Driver:
         request_id = row.request.request_id
         if request_id in self._waiting:
             self._waiting[request_id].append(row)
-            self._num_waiting += 1
+            self._num_equal_waiting += 1
         elif known := self._ledger.find(request_id):
             self._ledger.add(row, known)
             self.num_duplicates += 1
         else:
             self._waiting[request_id] = [row]
-            self._num_waiting += 1
             self._scheduler.offer(row.request)
 
     def _end(self, result: RenderResult) -> None:
         if result.finished_at is None:
             result = replace(result, finished_at=time.time())
         rows = self._waiting.pop(result.request_id)
-        self._num_waiting -= len(rows)
+        self._num_equal_waiting -= len(rows) - 1
         self.num_duplicates += len(rows) - 1
         if result.worker_id is not None:
             self._rows_by_worker[result.worker_id] += 1
