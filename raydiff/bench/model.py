@@ -15,16 +15,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raydiff.config import MemoryConfig
+from raydiff.config import MemoryConfig, ProfileName
 from raydiff.diffusion.schedule import ScheduleConfig
 from raydiff.errors import ConfigError
 from raydiff.memory.gpus import visible_gpus
 from raydiff.memory.profiles import resolve_profile
+from raydiff.memory.residency import resting_device
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
 from raydiff.pipelines.base import Rendered
-from raydiff.pipelines.load import FAMILIES
+from raydiff.pipelines.load import FAMILIES, prepare
 from raydiff.pipelines.stable_diffusion import Components, StableDiffusionPipeline
 from raydiff.request import ModelInfo, RenderRequest
 from raydiff.tokenizer import CLIPTokenizer, write_tiny_tokenizer
@@ -33,7 +34,7 @@ from raydiff.weights.published import PUBLISHED
 Mode = Literal["eager", "compiled"]
 
 NATIVE_SIZE = {"sd21": 768, "sdxl": 1024}
-PROMPT = "a photograph of a lighthouse on a cliff at dusk, number {index}"
+PROMPT = "a photograph of a lighthouse on a cliff at dusk, batch {batch}, number {index}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,8 @@ class ModelBench:
     denoise_s: float | None
     decode_s: float | None
     unet_tflop_per_s: float | None
-    """Arithmetic of the UNet alone (2 per multiply-add) over the denoising time."""
+    """Arithmetic of the UNet alone (2 per multiply-add) over the denoising time; diffusers' has
+    its encoding in it."""
     peak_vram_bytes: int
     warm_up_s: float
     """First batch: compilation and autotuning included."""
@@ -71,14 +73,14 @@ class Job:
     num_inference_steps: int
     guidance_scale: float
     num_batches: int
+    profile: ProfileName = "full_gpu"
 
-    @property
-    def prompts(self) -> list[str]:
-        """Return one distinct prompt per image."""
-        return [PROMPT.format(index=index) for index in range(self.batch_size)]
+    def prompts(self, batch: int) -> list[str]:
+        """Return one prompt per image that no other batch has, so that each must be encoded."""
+        return [PROMPT.format(batch=batch, index=index) for index in range(self.batch_size)]
 
-    def requests(self) -> list[RenderRequest]:
-        """Return the batch as requests with seeds 0, 1, 2, ..."""
+    def requests(self, batch: int) -> list[RenderRequest]:
+        """Return a batch as requests with seeds 0, 1, 2, ..."""
         return [
             RenderRequest(
                 model=self.family,
@@ -94,7 +96,7 @@ class Job:
                 guidance_rescale=0.0,
                 sampler="euler" if self.family == "sdxl" else "ddim",
             )
-            for seed, prompt in enumerate(self.prompts)
+            for seed, prompt in enumerate(self.prompts(batch))
         ]
 
 
@@ -126,8 +128,10 @@ def unet_flops(job: Job) -> int:
     return int(counter.get_total_flops())
 
 
-def random_pipeline(family: str, *, is_compiled: bool) -> StableDiffusionPipeline:
-    """Build a full-size pipeline on the GPU in bfloat16, its weights drawn there."""
+def random_pipeline(
+    family: str, profile_name: ProfileName, *, is_compiled: bool
+) -> StableDiffusionPipeline:
+    """Build a full-size pipeline in bfloat16, its weights drawn on the GPU."""
     published = PUBLISHED[family]
     torch.manual_seed(0)
     dtype = torch.bfloat16
@@ -138,24 +142,25 @@ def random_pipeline(family: str, *, is_compiled: bool) -> StableDiffusionPipelin
     }
     unet = _random_module(UNet, UNetConfig.from_dict(published["unet"]), dtype)
     vae = _random_module(AutoencoderKL, AutoencoderKLConfig.from_dict(published["vae"]), dtype)
-    for encoder in encoders.values():
-        encoder.prepare_for_inference()
-    unet.prepare_for_inference(channels_last=True)
-    vae.prepare_for_inference(channels_last=True)
+    profile = resolve_profile(MemoryConfig(profile=profile_name), family, {}, visible_gpus()[0])
+    for name, module in {**encoders, "unet": unet, "vae": vae}.items():
+        module.to(resting_device(name, profile))
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_tokenizer(Path(folder), "!")
         tokenizer = CLIPTokenizer.from_folder(Path(folder))
+    components = Components(
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=dict.fromkeys(encoders, tokenizer),
+        schedule=ScheduleConfig.from_dict(published["scheduler"]),
+        has_zero_negative=False,
+    )
+    prepare(components, profile)
     return FAMILIES[family](
         info=_info(family),
-        profile=resolve_profile(MemoryConfig(profile="full_gpu"), family, {}, visible_gpus()[0]),
-        components=Components(
-            unet=unet,
-            vae=vae,
-            text_encoders=encoders,
-            tokenizers=dict.fromkeys(encoders, tokenizer),
-            schedule=ScheduleConfig.from_dict(published["scheduler"]),
-            has_zero_negative=False,
-        ),
+        profile=profile,
+        components=components,
         dtype=dtype,
         vae_dtype=dtype,
         is_compiled=is_compiled,
@@ -217,17 +222,15 @@ def _clean_gpu() -> Iterator[None]:
 
 def _bench_raydiff(job: Job, mode: Mode, flops: int) -> ModelBench:
     with _clean_gpu():
-        pipeline = random_pipeline(job.family, is_compiled=mode == "compiled")
-        requests = job.requests()
-        warm_up_s, _ = _timed(lambda: pipeline.render(requests))
-        peak = 0
-        seconds: list[float] = []
-        rendered: list[Rendered] = []
-        for _ in range(job.num_batches):
-            elapsed_s, batch = _timed(lambda: pipeline.render(requests))
-            seconds.append(elapsed_s)
-            rendered.append(batch)
-            peak = max(peak, batch.peak_vram_bytes or 0)
+        pipeline = random_pipeline(job.family, job.profile, is_compiled=mode == "compiled")
+
+        def render(batch: int) -> tuple[float, Rendered]:
+            return _timed(lambda: pipeline.render(job.requests(batch)))
+
+        warm_up_s, _ = render(0)
+        timed = [render(1 + batch) for batch in range(job.num_batches)]
+        seconds = [elapsed_s for elapsed_s, _ in timed]
+        rendered = [batch for _, batch in timed]
         denoise_s = median(batch.denoise_s for batch in rendered)
         return ModelBench(
             renderer="raydiff",
@@ -237,7 +240,7 @@ def _bench_raydiff(job: Job, mode: Mode, flops: int) -> ModelBench:
             denoise_s=denoise_s,
             decode_s=median(batch.decode_s for batch in rendered),
             unet_tflop_per_s=_unet_tflops(job, flops, denoise_s),
-            peak_vram_bytes=peak,
+            peak_vram_bytes=max(batch.peak_vram_bytes or 0 for batch in rendered),
             warm_up_s=warm_up_s,
             **_shape(job),
         )
@@ -252,7 +255,6 @@ def _bench_diffusers(job: Job, mode: Mode, flops: int) -> ModelBench:
             pipe.unet = torch.compile(pipe.unet, fullgraph=True, dynamic=False)
             pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, dynamic=False)
         arguments = {
-            "prompt": job.prompts,
             "negative_prompt": [""] * job.batch_size,
             "height": job.size,
             "width": job.size,
@@ -260,14 +262,17 @@ def _bench_diffusers(job: Job, mode: Mode, flops: int) -> ModelBench:
             "guidance_scale": job.guidance_scale,
         }
 
-        def render(output_type: str) -> Any:
-            seeds = range(job.batch_size)
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            return pipe(**arguments, generator=generators, output_type=output_type)
+        def render(batch: int, output_type: str = "np") -> float:
+            generators = [torch.Generator("cpu").manual_seed(i) for i in range(job.batch_size)]
+            prompts = job.prompts(batch)
+            elapsed_s, _ = _timed(
+                lambda: pipe(prompts, **arguments, generator=generators, output_type=output_type)
+            )
+            return elapsed_s
 
-        warm_up_s, _ = _timed(lambda: render("np"))
-        seconds = [_timed(lambda: render("np"))[0] for _ in range(job.num_batches)]
-        latent_s, _ = _timed(lambda: render("latent"))  # encode and denoise, without the VAE
+        warm_up_s = render(0)
+        seconds = [render(1 + batch) for batch in range(job.num_batches)]
+        latent_s = render(0, "latent")  # encode and denoise, without the VAE
         return ModelBench(
             renderer="diffusers",
             mode=mode,

@@ -60,6 +60,13 @@ def bench_engine(
 @click.option("--steps", default=30, show_default=True)
 @click.option("--guidance-scale", default=5.0, show_default=True)
 @click.option("--batches", default=3, show_default=True, help="Counted batches of each kind.")
+@click.option(
+    "--profile",
+    type=click.Choice(["full_gpu", "balanced", "gpu_poor", "extreme"]),
+    default="full_gpu",
+    show_default=True,
+    help="Memory profile of raydiff's side.",
+)
 @click.option("--peer/--no-peer", default=True, help="Measure diffusers beside it.")
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object per line.")
 def bench_model(
@@ -70,6 +77,7 @@ def bench_model(
     steps: int,
     guidance_scale: float,
     batches: int,
+    profile: Any,
     peer: bool,
     is_json: bool,
 ) -> None:
@@ -88,6 +96,7 @@ def bench_model(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         num_batches=batches,
+        profile=profile,
     )
     for result in bench_model(job, modes or ("eager", "compiled"), has_peer=peer):
         if is_json:

@@ -134,7 +134,7 @@ def _build(
             checkpoint.config("model_index").get("force_zeros_for_empty_prompt", False)
         ),
     )
-    _prepare(components, profile)
+    prepare(components, profile)
     return FAMILIES[info.family](
         info=info,
         profile=profile,
@@ -165,7 +165,7 @@ def _tokenizer(checkpoint: Checkpoint, name: str, encoder: CLIPTextEncoder) -> C
     return tokenizer
 
 
-def _prepare(components: Components, profile: Profile) -> None:
+def prepare(components: Components, profile: Profile) -> None:
     """Fuse projections, and order memory as the device that computes wants it."""
 
     def is_on_gpu(component: str) -> bool:

@@ -48,14 +48,15 @@ MAPS = [  # (B, C, H, W), groups
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operators that ran."""
+    """Names of our own operators that ran."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
+        if func.namespace == "raydiff":
+            self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
