@@ -5,6 +5,7 @@ import time
 import warnings
 from bisect import bisect_right
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,18 @@ from raydiff.config import OutputConfig
 from raydiff.output.atomic import disk_error
 from raydiff.output.keys import Keys, num_leading_rows, request_key, request_keys, row_key, row_keys
 from raydiff.output.lock import METADATA_DIR, RunLock
-from raydiff.output.metadata_schema import RESULT_COLUMNS, build_table, metadata_schema, result_of
+from raydiff.output.metadata_schema import (
+    RESULT_COLUMNS,
+    ROW_COLUMNS,
+    build_table,
+    metadata_schema,
+    result_of,
+)
 from raydiff.output.part_files import (
     DamagedPartError,
     Part,
     last_sequence,
+    list_parts,
     map_parts,
     merge_parts,
     part_name,
@@ -162,8 +170,8 @@ class Ledger:
         while True:
             try:
                 parts = recover_parts(self._folder, out_dir, self._next_path, self.warnings)
-                keys = _read_row_keys(parts)
-                twice = _later_doubles(keys, parts)
+                keys = read_row_keys(parts)
+                twice = later_doubles(keys, parts)
                 if not twice:
                     return self._load(parts, keys)
                 num_twice = sum(len(places) for places in twice.values())
@@ -246,22 +254,37 @@ class Ledger:
         return self._row_groups[key]
 
 
-def read_results(out_dir: str | Path) -> pa.Table:
+def read_results(out_dir: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the metadata of a run, finished or not, sorted by row_index and image_index.
 
+    Some columns take less memory than all; row_index and image_index always come first then.
     Raises OutputError if `out_dir` is not a run. A damaged part is left out, with a warning.
     """
     check_is_run(out_dir)
-    tables, damaged = map_parts(Path(out_dir) / METADATA_DIR, None, lambda table: table)
+    empty = metadata_schema(pa.schema([])).empty_table()
+    if columns is not None:
+        columns = list(dict.fromkeys([*ROW_COLUMNS, *columns]))
+        empty = empty.select([name for name in columns if name in empty.column_names])
+    tables, damaged = map_parts(Path(out_dir) / METADATA_DIR, columns, lambda table: table)
     for path in damaged:
         warnings.warn(f"{path}: damaged; its rows are left out", stacklevel=2)
-    empty = metadata_schema(pa.schema([])).empty_table()
     table = pa.concat_tables([empty, *tables], promote_options="default")
     keys = row_keys(table)
     order = np.argsort(keys, kind="stable")
     is_first = np.ones(len(keys), dtype=bool)
     is_first[1:] = np.diff(keys[order]) > 0
     return _take(table, order[is_first]).replace_schema_metadata()
+
+
+def read_results_schema(out_dir: str | Path) -> pa.Schema:
+    """Return the columns of `read_results`, from the parts' footers alone.
+
+    Raises OutputError if `out_dir` is not a run.
+    """
+    check_is_run(out_dir)
+    parts = list_parts(Path(out_dir) / METADATA_DIR).live
+    schemas = [metadata_schema(pa.schema([])), *(part.schema for part in parts)]
+    return pa.unify_schemas(schemas, promote_options="default")
 
 
 def _take(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
@@ -284,7 +307,8 @@ def count_statuses(out_dir: str | Path) -> Counter[str]:
     return sum(counts, Counter())
 
 
-def _read_row_keys(parts: list[Part]) -> Keys:
+def read_row_keys(parts: Sequence[Part]) -> Keys:
+    """Return the row keys of all parts, in their order. Raises as `read_columns` does."""
     keys = np.empty(sum(part.num_rows for part in parts), np.uint64)
     size = 0
     for part in parts:
@@ -295,7 +319,7 @@ def _read_row_keys(parts: list[Part]) -> Keys:
     return keys
 
 
-def _later_doubles(keys: Keys, parts: list[Part]) -> dict[int, NDArray[np.int64]]:
+def later_doubles(keys: Keys, parts: Sequence[Part]) -> dict[int, NDArray[np.int64]]:
     """Return, by the part's index, the places of rows that stand in the table before."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]

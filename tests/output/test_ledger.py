@@ -17,7 +17,7 @@ import pytest
 
 from raydiff.config import OutputConfig
 from raydiff.errors import DiskError, EngineError, OutputError
-from raydiff.output.ledger import Ledger, count_statuses, read_results
+from raydiff.output.ledger import Ledger, count_statuses, read_results, read_results_schema
 from raydiff.output.lock import RunLock
 from raydiff.output.media import read_image_metadata
 from raydiff.output.metadata_schema import COLUMNS
@@ -61,6 +61,16 @@ def test_columns_are_the_contracts_in_its_order():
     assert list(COLUMNS) == CONTRACT
     known = {field.name for noun in (RenderRequest, RenderResult) for field in fields(noun)}
     assert known <= set(COLUMNS)
+
+
+def test_some_columns_are_those_of_the_whole(open_ledger, make):
+    run, ledger = open_ledger()
+    assert read_results_schema(run.out_dir) == read_results(run.out_dir).schema
+    add_rows(ledger, make, random.Random(3).sample(range(50), 50), commit_every=7)
+    whole = read_results(run.out_dir)
+    some = read_results(run.out_dir, ["seed", "gone", "image_index", "prompt"])
+    assert some == whole.select(["row_index", "image_index", "seed", "prompt"])
+    assert read_results_schema(run.out_dir) == whole.schema
 
 
 def test_every_value_comes_back(open_ledger, make):
