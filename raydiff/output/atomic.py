@@ -3,9 +3,11 @@ and what to tell the user when the disk refuses."""
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from raydiff.errors import DiskError
+from raydiff.errors import DiskError, OutputError
 
 REMEDIES = {
     errno.ENOSPC: "Free space on that disk",
@@ -47,6 +49,25 @@ def replace_file(path: Path, data: bytes, *, is_durable: bool = True) -> None:
         raise
     if is_durable:
         sync_folder(path.parent)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path to write a report to; it takes the place of `path` if all goes well.
+
+    For files that a command makes anew, not for a run's own. Raises OutputError.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{path}: not a file. Name a file to write.")
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    try:
+        yield temporary
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(f"{path}: could not be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,0 +1,121 @@
+"""SQL over a run's metadata, with DuckDB: the table `results`, read from the parts as needed.
+
+A query sees that table alone: no files, no network, no extensions, no variables of this process.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pyarrow.fs import LocalFileSystem
+
+from raydiff.errors import ConfigError
+from raydiff.output.ledger import FINAL_ROWS, later_doubles, read_results_schema, read_row_keys
+from raydiff.output.lock import METADATA_DIR
+from raydiff.output.part_files import Part, list_parts, read_columns
+from raydiff.output.run_file import check_is_run
+
+TABLE = "results"
+DUCKDB_SETTINGS = {
+    "enable_external_access": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "allow_community_extensions": "false",
+    "temp_directory": "",
+}
+LOCKED_SETTINGS = (
+    "SET python_enable_replacements = false",
+    "SET TimeZone = 'UTC'",
+    "SET lock_configuration = true",
+)
+
+
+@contextmanager
+def query_results(out_dir: str | Path, sql: str) -> Iterator[pa.RecordBatchReader]:
+    """Run SQL over the table `results` of a run and give its rows, batch by batch.
+
+    Rows come in the order of their commit unless the query orders them. Raises OutputError if
+    `out_dir` is not a run, ConfigError if DuckDB is missing or refuses the query.
+    """
+    duckdb = _import_duckdb()
+    check_is_run(out_dir)
+    connection = duckdb.connect(":memory:", config=DUCKDB_SETTINGS)
+    try:
+        connection.register(TABLE, open_results(out_dir))
+        for setting in LOCKED_SETTINGS:
+            connection.execute(setting)
+        relation = connection.sql(sql)
+        if relation is None:
+            raise ConfigError(
+                f"the query {sql!r} gives no rows. Ask for some: SELECT * FROM {TABLE} LIMIT 5"
+            )
+        yield relation.to_arrow_reader()
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise ConfigError(_one_line(str(error))) from None
+    finally:
+        connection.close()
+
+
+def open_results(out_dir: str | Path) -> ds.Dataset:
+    """Return the rows of a run, each once, as a dataset that reads only what is asked of it.
+
+    It stays whole when a driver at work merges parts: the small ones are held open. A damaged
+    part is left out, with a warning.
+    """
+    while True:
+        try:
+            return _open_results(Path(out_dir))
+        except FileNotFoundError:
+            continue  # A driver at work merged a part away since it was listed.
+
+
+def _open_results(out_dir: Path) -> ds.Dataset:
+    schema = read_results_schema(out_dir)
+    listed = list_parts(out_dir / METADATA_DIR)
+    for path in listed.damaged:
+        warnings.warn(f"{path}: damaged; its rows are left out", stacklevel=3)
+    parts = listed.live
+    doubles = later_doubles(read_row_keys(parts), parts)
+    once = [part for index, part in enumerate(parts) if index not in doubles]
+    file_format = ds.ParquetFileFormat()
+    fragments = [
+        file_format.make_fragment(str(part.path), filesystem=LocalFileSystem())
+        if part.num_rows >= FINAL_ROWS
+        else file_format.make_fragment(pa.OSFile(str(part.path)))
+        for part in once
+    ]
+    datasets = [ds.FileSystemDataset(fragments, schema, file_format)]
+    for index, rows in doubles.items():
+        datasets.append(ds.dataset(_without(parts[index], rows, schema)))
+    return ds.dataset(datasets, schema=schema)
+
+
+def _without(part: Part, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Read a part but for the rows at these places, which stand in an earlier one."""
+    keep = np.ones(part.num_rows, dtype=bool)
+    keep[rows] = False
+    table = read_columns(part).filter(pa.array(keep))
+    return pa.concat_tables([schema.empty_table(), table], promote_options="default")
+
+
+def _import_duckdb() -> ModuleType:
+    try:
+        import duckdb
+    except ImportError:
+        raise ConfigError(
+            'queries need DuckDB, which is not installed. Install it: pip install "raydiff[query]"'
+        ) from None
+    module: ModuleType = duckdb
+    return module
+
+
+def _one_line(message: str) -> str:
+    """Drop DuckDB's picture of the place in the query; keep what it says and suggests."""
+    said = message.partition("\nLINE ")[0].splitlines()
+    sentences = [line.strip() for line in said if line.strip()]
+    return " ".join(line if line[-1] in ".!?:" else f"{line}." for line in sentences)
