@@ -1,5 +1,6 @@
 """RunConfig: everything about a run that is not in its manifest, from one YAML file plus
-`--set section.key=value` overrides. Sections: model, defaults, input, engine, memory, output."""
+`--set section.key=value` overrides. Sections: model, defaults, sweep, input, engine, memory and
+output."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,6 +98,32 @@ class OutputConfig(_Section):
     """Most finished rows in one metadata part."""
 
 
+SweepValue = bool | int | float | str | None
+
+
+class SweepConfig(_Section):
+    """Rows made of axes, from the manifest's rows, the prompts or templates alone."""
+
+    template: str | tuple[str, ...] = ()
+    """One or several prompts with {fields}, {choices|between|texts} and __wildcards__."""
+    wildcards: str | None = None
+    """Folder with a file NAME.txt for each __NAME__, a text a line."""
+    choices: Literal["all", "random"] = "all"
+    """Every text that a template gives is a value of its own, or each row takes one by chance."""
+    grid: dict[str, SweepValue | tuple[SweepValue, ...]] = Field(default_factory=dict)
+    """Values by column: a list, or text as on the command line (`3,5,7.5`)."""
+    seeds: int | str | tuple[int | str, ...] | None = None
+    """Seeds, e.g. `0-9` or [1, 2, 3]."""
+    mode: Literal["cartesian", "zip", "random"] = "cartesian"
+    """Every combination; the first values together, then the second, ...; a sample."""
+    samples: int | None = Field(None, ge=1)
+    """Rows of a random sweep."""
+    random_seed: int = Field(0, ge=0, le=2**63 - 1)
+    """What random modes and choices start from."""
+    max_rows: int = Field(1_000_000, ge=1)
+    """A sweep of more rows is refused."""
+
+
 class RunConfig(_Section):
     """One run: a manifest (or prompts), an output folder and the sections above."""
 
@@ -108,6 +135,8 @@ class RunConfig(_Section):
     """Render only the first `limit` manifest rows."""
     model: ModelConfig = ModelConfig()
     defaults: DefaultsConfig = DefaultsConfig()
+    sweep: SweepConfig = SweepConfig()
+    """Multiplies the manifest's rows or the prompts; nothing in it leaves them as they are."""
     input: InputConfig = InputConfig()
     engine: EngineConfig = EngineConfig()
     memory: MemoryConfig = MemoryConfig()

@@ -13,6 +13,7 @@ COMMANDS = {
     "render": ("raydiff.cli.render", "Render a manifest, a job file or single prompts."),
     "plan": ("raydiff.cli.plan", "Say what a run would do, without rendering."),
     "sweep": ("raydiff.cli.sweep", "Make a manifest: prompts times settings, templates, seeds."),
+    "sweep": ("raydiff.cli.sweep", "Make a manifest: prompts times settings, templates, seeds."),
     "status": ("raydiff.cli.status", "Show how far a run is."),
     "verify": ("raydiff.cli.verify", "Check every file of a run against its metadata."),
     "query": ("raydiff.cli.query", "Ask a run's metadata in SQL."),

@@ -67,7 +67,7 @@ def run_config(
     if prompts:
         values["prompts"] = prompts
     config = load_config(Path(source) if is_job and source is not None else None, values)
-    if config.manifest is None and not config.prompts:
+    if config.manifest is None and not config.prompts and not config.sweep.template:
         raise ConfigError(
             "nothing to render: name a manifest (prompts.parquet), a job file (job.yaml) or a "
             '--prompt "text"'

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from raydiff.cli.options import run_config, run_options
+from raydiff.cli.sweep import echo_axes
 
 
 @click.command()
@@ -34,6 +35,7 @@ def plan(
     if is_json:
         click.echo(json.dumps(asdict(report), indent=2))
     else:
+        echo_axes(report.axes)
         click.echo(
             f"{report.num_rows} rows, {report.num_images} images: {report.num_distinct} distinct "
             f"requests, {report.num_duplicates} duplicates, {report.num_bad} bad"

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from raydiff.batching import BatchKey
-from raydiff.config import RunConfig
+from raydiff.config import RunConfig, SweepConfig
 from raydiff.engine.known_models import KnownModels, known_models
 from raydiff.errors import ConfigError
-from raydiff.manifest.reader import Manifest, open_manifest, prompts_manifest
+from raydiff.manifest.reader import AxisSummary, Manifest, open_manifest, prompts_manifest
 from raydiff.manifest.rows import read_rows
+from raydiff.manifest.sweep import open_sweep
 from raydiff.memory.gpus import GpuInfo, visible_gpus
 from raydiff.memory.profiles import Profile, resolve_profile
 from raydiff.output.keys import Keys, row_key, row_keys
@@ -58,6 +59,8 @@ class PlanReport:
     """Distinct requests that no row done has rendered: what is left to render."""
     batches: tuple[PlannedBatches, ...]
     """Of the distinct requests, done ones included, the most frequent first."""
+    axes: tuple[AxisSummary, ...]
+    """What the job's sweep varies."""
 
 
 def plan(config: RunConfig) -> PlanReport:
@@ -97,11 +100,17 @@ def plan(config: RunConfig) -> PlanReport:
         num_done=counts["done"],
         num_new=len(seen) - len(seen_done),
         batches=tuple(_batches(shapes, config, models)),
+        axes=manifest.axes,
     )
 
 
 def open_rows(config: RunConfig) -> Manifest:
-    """Open the run's manifest, or its prompts. Raises ManifestError, ConfigError."""
+    """Open the run's manifest, its prompts, or the sweep over them.
+
+    Raises ManifestError, ConfigError.
+    """
+    if config.sweep != SweepConfig():
+        return open_sweep(config.sweep, source=config.manifest, prompts=config.prompts)
     if config.manifest is not None:
         return open_manifest(config.manifest)
     if config.prompts:

@@ -41,6 +41,16 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AxisSummary:
+    """One axis of a sweep, for people."""
+
+    name: str
+    num_values: int
+    values: str
+    """The first of them, or where they come from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """An opened manifest. Its schema is checked; its values are not."""
 
@@ -52,6 +62,8 @@ class Manifest:
     fingerprint: str
     """Hash of the file names, sizes and ends: changes when the manifest does."""
     parts: tuple[Part, ...]
+    axes: tuple[AxisSummary, ...] = ()
+    """What a sweep varies; empty for a manifest that is read as it is."""
 
     def batches(self, start_row: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield (row index of its first row, batch) from `start_row` on, in the schema's types.
@@ -75,7 +87,13 @@ def open_manifest(uri: str | Path) -> Manifest:
     Files are taken in the order of their names. Raises ManifestError if there is none, one is not
     Parquet, they differ in columns, there is no row, or a known column has a wrong type.
     """
-    uri = str(uri)
+    manifest = open_parquet(str(uri))
+    check_schema(manifest.schema, manifest.uri)
+    return manifest
+
+
+def open_parquet(uri: str) -> Manifest:
+    """Open Parquet files as `open_manifest` does, whatever their columns are."""
     try:
         filesystem, base, paths = find_files(uri)
         with ThreadPoolExecutor(max_workers=8) as pool:
@@ -84,7 +102,6 @@ def open_manifest(uri: str | Path) -> Manifest:
     except (OSError, pa.ArrowException) as error:
         raise ManifestError(f"manifest {uri} cannot be read: {error}") from None
     schema = _common_schema(parts, uri)
-    check_schema(schema, uri)
     num_rows = sum(part.num_rows for part in parts)
     if num_rows == 0:
         raise ManifestError(f"manifest {uri} has no rows. Give it one row for each image to make.")
