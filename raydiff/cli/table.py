@@ -47,6 +47,11 @@ def printable(value: Any) -> str:
     return "".join(map(_visible, text[:MAX_CHARACTERS]))
 
 
+def clipped(text: str, width: int) -> str:
+    """Cut a text to a width in terminal cells."""
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+
+
 def _visible(character: str) -> str:
     if character in "\r\n\t":
         return " "
@@ -65,8 +70,7 @@ def _narrowed(widths: Sequence[int], space: int) -> list[int]:
 
 
 def _fitted(text: str, width: int, is_number: bool) -> str:
-    if cell_len(text) > width:
-        return set_cell_size(text, width - 1) + "…"
+    text = clipped(text, width)
     padding = " " * (width - cell_len(text))
     return padding + text if is_number else text + padding
 
