@@ -1,0 +1,124 @@
+"use strict";
+/* Which rows are shown, in which order, and on which place of an X/Y/Z grid. */
+
+/* Filters: {type: "text", text}, {type: "range", low, high} (null: open),
+   {type: "values", values: Set}. Null values pass only a "values" filter that has null. */
+function filterTest(filter) {
+  if (filter.type === "values") return (value) => filter.values.has(value);
+  if (filter.type === "text") {
+    const wanted = filter.text.toLowerCase();
+    return (value) => value !== null && String(value).toLowerCase().includes(wanted);
+  }
+  const {low, high} = filter;
+  return (value) =>
+    value !== null && !(low !== null && compareValues(value, low) < 0)
+    && !(high !== null && compareValues(value, high) > 0);
+}
+
+/* Return the rows that pass every filter ({column: filter}), in the run's order. */
+function matchingRows(store, filters) {
+  const rows = new Uint32Array(store.numRows);
+  const tests = [...filters].map(([name, filter]) => [name, filterTest(filter)]);
+  let size = 0;
+  store.shown.forEach((chunk, index) => {
+    const mask = new Uint8Array(chunk.rows).fill(1);
+    for (const [name, test] of tests) maskColumn(mask, chunk.columns[name], test);
+    const start = index * store.status.chunk_rows;
+    for (let i = 0; i < chunk.rows; i += 1) if (mask[i]) rows[size++] = start + i;
+  });
+  return rows.subarray(0, size);
+}
+
+function maskColumn(mask, cells, test) {
+  if (cells?.codes) {
+    const passes = cells.values.map(test);
+    const nullPasses = test(null);
+    cells.codes.forEach((code, i) => {
+      if (!(code < 0 ? nullPasses : passes[code])) mask[i] = 0;
+    });
+  } else if (cells?.values) {
+    cells.values.forEach((value, i) => {
+      if (mask[i] && !test(value)) mask[i] = 0;
+    });
+  } else if (!test(cells ? cells.constant : null)) mask.fill(0);
+}
+
+/* Order two values of one column: numbers, integers beyond 2^53 as text of digits, text; null
+   and NaN come last. */
+function compareValues(a, b) {
+  const isLastA = a === null || Number.isNaN(a);
+  const isLastB = b === null || Number.isNaN(b);
+  if (isLastA || isLastB) return isLastA - isLastB;
+  if (typeof a === typeof b && typeof a !== "string") return a - b;
+  if (typeof a !== typeof b || (/^-?\d{16,}$/.test(a) && /^-?\d{16,}$/.test(b))) {
+    return a === b ? 0 : BigInt(a) < BigInt(b) ? -1 : 1;
+  }
+  return a < b ? -1 : a > b ? 1 : 0;
+}
+
+function compareIntegers(a, b) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  if (typeof a === "number" && typeof b === "number") return a - b;
+  const [bigA, bigB] = [BigInt(a), BigInt(b)];
+  return bigA < bigB ? -1 : bigA > bigB ? 1 : 0;
+}
+
+function comparison(column) {
+  if (column.kind === "integer") return compareIntegers;
+  if (column.kind === "number") return compareValues;
+  return (a, b) => {
+    if (a === null || b === null) return (a === null) - (b === null);
+    return a < b ? -1 : a > b ? 1 : 0;
+  };
+}
+
+/* Return rows sorted by a column, nulls last in both directions, equals in the run's order. */
+function sortedRows(store, rows, name, isDescending) {
+  const column = store.columns.get(name);
+  if (!column) return rows;
+  const compare = comparison(column);
+  const values = new Array(store.numRows);
+  for (const row of rows) values[row] = store.value(name, row);
+  const sign = isDescending ? -1 : 1;
+  return Uint32Array.from(rows).sort((a, b) => {
+    const [x, y] = [values[a], values[b]];
+    if (x === null || y === null) return (x === null) - (y === null) || a - b;
+    return sign * compare(x, y) || a - b;
+  });
+}
+
+/* Lay rows out by the values of up to three columns ("" is none). Return the sorted values of
+   each axis and rowsAt(x, y, z), the rows at a place. */
+function layOut(store, rows, names) {
+  const axes = names.map((name) => axisOf(store, rows, name));
+  const places = new Map();
+  for (const row of rows) {
+    const [x, y, z] = axes.map((axis) => axis.placeOf(row));
+    const place = x + axes[0].values.length * (y + axes[1].values.length * z);
+    if (places.has(place)) places.get(place).push(row);
+    else places.set(place, [row]);
+  }
+  const none = [];
+  return {
+    values: axes.map((axis) => axis.values),
+    rowsAt: (x, y, z) =>
+      places.get(x + axes[0].values.length * (y + axes[1].values.length * z)) ?? none,
+  };
+}
+
+function axisOf(store, rows, name) {
+  const column = store.columns.get(name);
+  if (!column) return {values: [null], placeOf: () => 0};
+  const values = [...new Set(Array.from(rows, (row) => store.value(name, row)))];
+  values.sort(comparison(column));
+  const places = new Map(values.map((value, place) => [value, place]));
+  return {values, placeOf: (row) => places.get(store.value(name, row))};
+}
+
+/* Choose axes to begin with: columns with few values, those of the request before those of cost. */
+function likelyAxes(store) {
+  const fit = store.axes().filter((column) => distinctValues(column) <= 60);
+  const own = fit.filter((column) => column.kind !== "json");
+  own.sort((a, b) => distinctValues(b) - distinctValues(a));
+  return [own[0]?.name ?? "", own[1]?.name ?? "", own[2]?.name ?? ""];
+}

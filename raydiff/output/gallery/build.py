@@ -1,0 +1,238 @@
+"""Build a gallery from a run's metadata, again and again while the run goes on.
+
+The page's own status.js comes last and names the chunks that belong together, so whoever opens
+or refreshes the page meets one state of the run, whole.
+"""
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydiff import __version__
+from raydiff.config import ModelConfig, OutputConfig
+from raydiff.errors import OutputError
+from raydiff.output.atomic import disk_error, replace_file
+from raydiff.output.gallery.chunks import (
+    CHUNK_ROWS,
+    call_script,
+    chunk_script,
+    describe_columns,
+    dumps,
+    plain_columns,
+)
+from raydiff.output.gallery.thumbnails import PENDING, Thumbnails
+from raydiff.output.ledger import read_results
+from raydiff.output.metadata_schema import REQUEST_COLUMNS
+from raydiff.output.progress import read_progress
+from raydiff.output.run_file import RunFile, read_run
+
+GALLERY_DIR = "gallery"
+DATA_DIR = "data"
+STATUS_SCRIPT = "status.js"
+PAGE = "index.html"
+INTERVAL_S = 3.0
+MAX_LOAD = 0.2
+"""Share of the time that a refreshed gallery may spend on it."""
+NOT_IN_MANIFEST = ("init_image_sha256", "model_revision")
+"""Columns of a request that follow from the others."""
+RECIPE_KEYS = {"model": ("variant", "dtype", "vae_dtype"), "output": ("image", "quality")}
+"""Settings that change the bytes of an image and are not in its row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refresh:
+    """What one building of the gallery found and did."""
+
+    page: Path
+    num_rows: int
+    num_made: int
+    """Thumbnails made this time."""
+    num_pending: int
+    """Thumbnails left for the next time."""
+    problems: tuple[str, ...]
+    """Files that no thumbnail could be made of, and why."""
+    is_running: bool
+
+
+class Gallery:
+    """The gallery of the run in `out_dir`, in `folder` (OUT/gallery if None)."""
+
+    def __init__(self, out_dir: str | Path, folder: str | Path | None = None) -> None:
+        """Raises OutputError if `out_dir` is not a run or `folder` holds something else."""
+        self._out_dir = Path(out_dir)
+        self._run = read_run(out_dir)
+        self.folder = self._out_dir / GALLERY_DIR if folder is None else Path(folder)
+        self._data = self.folder / DATA_DIR
+        self._thumbnails = Thumbnails(self._out_dir, self.folder)
+        self._status: dict[str, Any] = {}
+        _make_folder(self.folder)
+
+    def refresh(
+        self,
+        *,
+        is_watched: bool = False,
+        thumbnails_s: float | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Refresh:
+        """Bring the page up to what the metadata says now.
+
+        Thumbnails are made for up to `thumbnails_s` seconds; `on_progress` gets how many new files
+        have been looked at, and of how many. A page that `is_watched` asks for news by itself.
+        Raises OutputError, DiskError.
+        """
+        progress = read_progress(self._out_dir)
+        table = read_results(self._out_dir)
+        num_made = self._thumbnails.num_made
+        problems = self._make_thumbnails(table, thumbnails_s, on_progress)
+        with _disk_errors(self.folder):
+            self._write_assets()
+            chunks, columns = self._write_chunks(table, problems)
+            self._write_status(
+                {
+                    "title": self._out_dir.resolve().name,
+                    "raydiff_version": __version__,
+                    "state": progress.state,
+                    "num_expected": progress.total,
+                    "refresh_s": INTERVAL_S if is_watched else None,
+                    "root": _relative_url(self._out_dir, self.folder),
+                    "settings": _settings(self._run),
+                    "manifest_columns": [
+                        name for name in REQUEST_COLUMNS if name not in NOT_IN_MANIFEST
+                    ],
+                    "columns": columns,
+                    "chunk_rows": CHUNK_ROWS,
+                    "num_rows": table.num_rows,
+                    "chunks": chunks,
+                }
+            )
+        return Refresh(
+            page=self.folder / PAGE,
+            num_rows=table.num_rows,
+            num_made=self._thumbnails.num_made - num_made,
+            num_pending=sum(problem == PENDING for problem in problems.values()),
+            problems=tuple(problem for problem in problems.values() if problem != PENDING),
+            is_running=progress.state == "running",
+        )
+
+    def watch(self) -> Generator[Refresh, None, None]:
+        """Refresh while the run goes on; the pages stop asking when the iterator is closed."""
+        try:
+            while True:
+                started = time.monotonic()
+                found = self.refresh(is_watched=True, thumbnails_s=INTERVAL_S)
+                yield found
+                if not found.is_running and not found.num_pending:
+                    return
+                elapsed_s = time.monotonic() - started
+                if not found.num_pending:
+                    time.sleep(max(INTERVAL_S, elapsed_s / MAX_LOAD))
+        finally:
+            with _disk_errors(self.folder):
+                self._write_status({**self._status, "refresh_s": None})
+
+    def _make_thumbnails(
+        self,
+        table: pa.Table,
+        thumbnails_s: float | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> dict[str, str]:
+        completed = table.filter(pc.is_valid(table["file_name"])).select(
+            ["request_id", "file_name"]
+        )
+        names = dict(zip(*(column.to_pylist() for column in completed.columns), strict=True))
+        return self._thumbnails.make(
+            names.items(),
+            deadline=None if thumbnails_s is None else time.monotonic() + thumbnails_s,
+            on_progress=on_progress,
+        )
+
+    def _write_assets(self) -> None:
+        for asset in (files(__package__) / "assets").iterdir():
+            _replace(self.folder / asset.name, asset.read_bytes())
+
+    def _write_chunks(
+        self, table: pa.Table, problems: dict[str, str]
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """Write the chunks that are not there; return their names and the columns."""
+        self._data.mkdir(exist_ok=True)
+        plain, kinds = plain_columns(table)
+        columns = describe_columns(plain, kinds)
+        flaws = pa.array(
+            [problems.get(one) for one in table["request_id"].to_pylist()], pa.string()
+        )
+        plain = plain.append_column("", flaws)
+        known = {path.name for path in self._data.iterdir()}
+        names = []
+        for start in range(0, table.num_rows, CHUNK_ROWS):
+            name, script = chunk_script(plain.slice(start, CHUNK_ROWS))
+            if name not in known:
+                replace_file(self._data / name, script, is_durable=False)
+            names.append(name)
+        # A page that has just read the last status may still be loading its chunks.
+        for name in known - {*names, *self._status.get("chunks", ()), STATUS_SCRIPT}:
+            (self._data / name).unlink(missing_ok=True)
+        return names, columns
+
+    def _write_status(self, status: dict[str, Any]) -> None:
+        self._status = status
+        if status:
+            _replace(self._data / STATUS_SCRIPT, call_script("receiveStatus", dumps(status)))
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder if its parent is there; refuse one that holds anything but a gallery."""
+    try:
+        folder.mkdir(exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        raise OutputError(
+            f"gallery folder {folder}: {folder.parent} does not exist. Make it, or choose another."
+        ) from None
+    except OSError as error:
+        raise OutputError(
+            f"gallery folder {folder}: {error.strerror}. Choose another with --to."
+        ) from None
+    if names and not (folder / DATA_DIR / STATUS_SCRIPT).is_file() and names - {DATA_DIR}:
+        raise OutputError(
+            f"gallery folder {folder}: it holds {min(names)!r} and is not a gallery. "
+            "Choose a new or empty folder with --to."
+        )
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file, unless it is the same already: object stores and caches go by change."""
+    if not path.is_file() or path.read_bytes() != data:
+        replace_file(path, data, is_durable=False)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(Path(error.filename or folder), error) from error
+
+
+def _relative_url(out_dir: Path, folder: Path) -> str:
+    path = os.path.relpath(out_dir.resolve(), folder.resolve())
+    return quote(Path(path).as_posix()) + "/"
+
+
+def _settings(run: RunFile) -> dict[str, Any]:
+    """Return the run's settings, other than the defaults, that a row's image depends on."""
+    defaults = {"model": ModelConfig().model_dump(), "output": OutputConfig().model_dump()}
+    return {
+        f"{section}.{key}": run.config[section][key]
+        for section, keys in RECIPE_KEYS.items()
+        for key in keys
+        if run.config[section].get(key, defaults[section][key]) != defaults[section][key]
+    }

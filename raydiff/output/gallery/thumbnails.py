@@ -1,0 +1,156 @@
+"""Small JPEG pictures of a run's images and videos, each made once and named by its request.
+
+One file each, not sheets of many: a filtered or sorted page shows results from everywhere, and
+would hold a decoded sheet of 16 MB for each of them. JPEG, since it takes a tenth of WebP's time.
+"""
+
+import io
+import os
+import struct
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import av
+from PIL import Image
+
+from raydiff.output.atomic import disk_error, replace_file
+from raydiff.output.writer import REQUEST_ID
+
+SIZE = 256
+QUALITY = 80
+THUMBNAILS_DIR = "thumbnails"
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv")
+FILES_IN_FLIGHT = 64
+PENDING = ""
+"""What stands for a thumbnail that there was no time to make."""
+
+_UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, av.error.FFmpegError),
+)
+"""What Pillow and PyAV raise for a file that is not what its name says."""
+
+
+class Thumbnails:
+    """The thumbnails of one gallery, in `folder`/thumbnails/ab/<request_id>.jpg."""
+
+    def __init__(self, out_dir: Path, folder: Path) -> None:
+        self._out_dir = out_dir
+        self._folder = folder / THUMBNAILS_DIR
+        self.num_made = 0
+
+    def make(
+        self,
+        files: Iterable[tuple[str, str]],
+        *,
+        deadline: float | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, str]:
+        """Make those of (request_id, file_name) that are not there, and return what is wrong.
+
+        The result gives, by request_id, a sentence, or PENDING for files not looked at by the
+        `deadline` (time.monotonic()). Raises DiskError if a thumbnail cannot be written.
+        """
+        known = self._known()
+        wanted = [(one, name) for one, name in files if one not in known]
+        problems = dict.fromkeys((one for one, _ in wanted), PENDING)
+        for num_seen, (request_id, problem) in enumerate(self._made(wanted, deadline), start=1):
+            if problem is None:
+                self.num_made += 1
+                del problems[request_id]
+            else:
+                problems[request_id] = problem
+            if on_progress is not None:
+                on_progress(num_seen, len(wanted))
+        return problems
+
+    def _known(self) -> set[str]:
+        if not self._folder.is_dir():
+            return set()
+        return {
+            entry.name.removesuffix(".jpg")
+            for folder in self._folder.iterdir()
+            for entry in os.scandir(folder)
+            if entry.name.endswith(".jpg")
+        }
+
+    def _made(
+        self, wanted: list[tuple[str, str]], deadline: float | None
+    ) -> Iterator[tuple[str, str | None]]:
+        """Yield each request with what is wrong with its file, until the deadline."""
+        waiting: deque[tuple[str, Future[str | None]]] = deque()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            try:
+                for request_id, file_name in wanted:
+                    if deadline is not None and time.monotonic() > deadline:
+                        break
+                    waiting.append((request_id, pool.submit(self._make_one, request_id, file_name)))
+                    if len(waiting) >= FILES_IN_FLIGHT:
+                        first, future = waiting.popleft()
+                        yield first, future.result()
+                for one, future in waiting:
+                    yield one, future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _make_one(self, request_id: str, file_name: str) -> str | None:
+        """Write one thumbnail and return None, or return what is wrong with the file."""
+        name = PurePosixPath(file_name)
+        if not REQUEST_ID.fullmatch(request_id) or name.is_absolute() or ".." in name.parts:
+            return f"{file_name}: not a file of this run"
+        try:
+            data = thumbnail(self._out_dir / name)
+        except FileNotFoundError:
+            return f"{file_name}: the file is missing"
+        except _UNREADABLE as error:
+            reason = str(error).replace(str(self._out_dir) + os.sep, "")
+            return f"{file_name}: cannot be read: {reason}"
+        path = self._folder / request_id[:2] / f"{request_id}.jpg"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, data, is_durable=False)
+        except OSError as error:
+            raise disk_error(path, error) from error
+        return None
+
+
+def thumbnail(path: Path) -> bytes:
+    """Return a picture of an image or a video as JPEG, at most SIZE pixels wide and high."""
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        picture = _frame(path)
+        picture.thumbnail((SIZE, SIZE))
+    else:
+        with Image.open(path) as image:
+            image.thumbnail((SIZE, SIZE))  # decodes a JPEG at a fraction of its size
+            image.load()
+            picture = _opaque(image)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    over = image.convert("RGBA")
+    white = Image.new("RGBA", over.size, "white")
+    return Image.alpha_composite(white, over).convert("RGB")
+
+
+def _frame(path: Path) -> Image.Image:
+    """Return the key frame before a third of a video: the first is black in many."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("it has no video stream")
+        if container.duration:
+            container.seek(container.duration // 3)
+        for frame in container.decode(video=0):
+            picture: Image.Image = frame.to_image()
+            return picture
+    raise ValueError("it has no frame")
