@@ -3,7 +3,7 @@ nothing but the requests. Pure: no clock, no randomness, memory bounded by the l
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from raydiff.request import RenderBatch, RenderRequest
@@ -36,7 +36,6 @@ class Batcher:
         self._buckets: dict[BatchKey, _Bucket] = {}
         self._num_pending = 0
         self._next_arrival = 0
-        self._next_front = -1
         self._next_batch_id = 0
 
     def __len__(self) -> int:
@@ -51,12 +50,6 @@ class Batcher:
         """Let a request wait behind those of its key and step count."""
         self._insert(self._next_arrival, request)
         self._next_arrival += 1
-
-    def put_back(self, requests: Iterable[RenderRequest]) -> None:
-        """Let requests wait in their order before all others: they were taken and not rendered."""
-        for request in reversed(list(requests)):
-            self._insert(self._next_front, request)
-            self._next_front -= 1
 
     def take(
         self,

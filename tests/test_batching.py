@@ -130,19 +130,6 @@ def test_near_step_counts_share_a_batch_and_the_oldest_is_always_in_it() -> None
     assert seeds(batcher.take(4)) == [7]
 
 
-def test_what_is_put_back_comes_first_and_in_its_order() -> None:
-    batcher = batcher_of(*(request(i, steps=20 + i % 2) for i in range(6)))
-    first = batcher.take(4)
-    assert first is not None
-    batcher.put_back(first.requests[2:])
-    batcher.put_back(first.requests[:2])
-    again = batcher.take(4)
-    assert again is not None
-    assert again.requests == first.requests
-    assert again.batch_id != first.batch_id
-    assert sorted(seeds(batcher.take(4))) == sorted(set(range(6)) - set(seeds(first)))
-
-
 @pytest.mark.parametrize("flush", [True, False])
 @pytest.mark.parametrize("max_batch_size", [1, 3, 8])
 def test_everything_is_taken_once_in_the_same_way_every_time(
@@ -156,8 +143,6 @@ def test_everything_is_taken_once_in_the_same_way_every_time(
                 batch = batcher.take(max_batch_size, flush=flush, prefer_model="sdxl")
                 assert batch is not None
                 batches.append(batch)
-                if rng.random() < 0.05:
-                    batcher.put_back([batches.pop().requests[0], *batch.requests[1:]])
             model, steps = rng.choice(["sdxl", "sd21"]), rng.choice([4, 20, 30, 50])
             height, width = rng.choice([512, 768]), rng.choice([512, 768, 1024])
             batcher.add(request(seed, model=model, height=height, width=width, steps=steps))

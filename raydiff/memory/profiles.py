@@ -39,7 +39,8 @@ class Profile:
     """batched: both halves of guidance in one forward pass; sequential: one after the other."""
     cleanup: Cleanup
     """none: components stay on the GPU. phase: each is there for its own phase only, and freed
-    memory goes back to the driver between phases. step: weights visit layer by layer."""
+    memory goes back to the driver between phases. step: as phase, and the UNet's weights visit
+    layer by layer."""
     max_batch_pixels: int
     """Largest batch x height x width."""
     vae_batch_pixels: int
@@ -59,7 +60,7 @@ class Profile:
             if self.devices[kind] == "cuda":
                 on_gpu[kind] = on_gpu.get(kind, 0) + size
         if self.cleanup == "step":
-            return 0
+            on_gpu.pop("unet", None)
         return sum(on_gpu.values()) if self.cleanup == "none" else max(on_gpu.values(), default=0)
 
 

@@ -20,10 +20,9 @@ class Residency:
         self._modules = dict(modules)
         self._profile = profile
         self._host = {name: _tensors(module) for name, module in self._modules.items()}
-        if profile.cleanup == "step":
-            for name, module in self._modules.items():
-                if self.device_of(name).type == "cuda":
-                    _visit_layer_by_layer(module, self.device_of(name))
+        for name, module in self._modules.items():
+            if self._visits_by_layer(name):
+                _visit_layer_by_layer(module, self.device_of(name))
 
     def device_of(self, component: str) -> torch.device:
         """Return the device that a component computes on."""
@@ -44,7 +43,16 @@ class Residency:
                 torch.cuda.empty_cache()
 
     def _moves(self, component: str) -> bool:
-        return self._profile.cleanup == "phase" and self.device_of(component).type == "cuda"
+        """Whether the component comes whole for its phase."""
+        is_on_gpu = self.device_of(component).type != "cpu"
+        return (
+            is_on_gpu and self._profile.cleanup != "none" and not self._visits_by_layer(component)
+        )
+
+    def _visits_by_layer(self, component: str) -> bool:
+        """The UNet alone: others are small, and a tiled VAE would come again for every tile."""
+        is_on_gpu = self.device_of(component).type != "cpu"
+        return is_on_gpu and self._profile.cleanup == "step" and component == "unet"
 
 
 def compute_device(component: str, profile: Profile) -> torch.device:
@@ -59,33 +67,37 @@ def resting_device(component: str, profile: Profile) -> torch.device:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.data for name, tensor in named}
+    return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 def _copies(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {name: _copy(tensor, device) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    copy = tensor.detach().to(device, non_blocking=True)
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(copy, requires_grad=False) if is_parameter else copy
 
 
 def _point_to(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        tensor.data = tensors[name]
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, tensor)
 
 
 def _visit_layer_by_layer(module: nn.Module, device: torch.device) -> None:
     """Let each layer's weights come to the device for its own forward pass only."""
     for layer in module.modules():
-        own = {name: p.data for name, p in layer.named_parameters(recurse=False)}
+        own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
         if not own:
             continue
 
         def bring(layer: nn.Module, _: object, own: dict[str, Tensor] = own) -> None:
-            for name, parameter in layer.named_parameters(recurse=False):
-                parameter.data = own[name].to(device, non_blocking=True)
+            _point_to(layer, _copies(own, device))
 
         def leave(layer: nn.Module, _: object, __: object, own: dict[str, Tensor] = own) -> None:
-            for name, parameter in layer.named_parameters(recurse=False):
-                parameter.data = own[name]
+            _point_to(layer, own)
 
         layer.register_forward_pre_hook(bring)
         layer.register_forward_hook(leave)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from raydiff.batching import padded_size
 from raydiff.diffusion.denoise import DenoiseState, RowPlan
 from raydiff.diffusion.noise import draw, row_generators
 from raydiff.diffusion.schedule import ScheduleConfig
@@ -85,6 +86,11 @@ class StableDiffusionPipeline(Pipeline):
         if is_compiled:
             self._unet = torch.compile(components.unet, fullgraph=True, dynamic=False)
             self._vae_decode = torch.compile(components.vae.decode, fullgraph=True, dynamic=False)
+
+    def max_batch_size(self, height: int, width: int) -> int:
+        """Return the memory profile's batch size; if compiled, one that no padding enlarges."""
+        size = super().max_batch_size(height, width)
+        return 2 ** (size.bit_length() - 1) if self.is_compiled else size
 
     @torch.inference_mode()
     def encode(self, requests: Sequence[RenderRequest]) -> PromptEmbeds:
@@ -165,7 +171,10 @@ class StableDiffusionPipeline(Pipeline):
         limit = self.profile.vae_tile_pixels
         if limit is not None and pixels_per_image > limit:
             return tiled_decode(self.parts.vae, raw, tile_size=VAE_TILE, overlap=VAE_TILE_OVERLAP)
-        return self._vae_decode(raw)
+        if not self.is_compiled:
+            return self._vae_decode(raw)
+        padding = padded_size(len(raw)) - len(raw)
+        return self._vae_decode(torch.cat([raw, raw[-1:].expand(padding, -1, -1, -1)]))[: len(raw)]
 
     def _negative_text(self, request: RenderRequest) -> str | None:
         """Return the text to encode as the negative prompt; None stands for zeros."""

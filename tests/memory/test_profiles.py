@@ -58,7 +58,8 @@ def test_auto_without_a_gpu_is_cpu_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "expected"), [(20, "full_gpu"), (6, "balanced"), (4, "extreme"), (0.1, "extreme")]
+    ("free_gib", "expected"),
+    [(20, "full_gpu"), (6, "balanced"), (4, "extreme"), (0.2, "extreme"), (0.1, "cpu_only")],
 )
 def test_auto_steps_down_to_what_free_memory_holds(free_gib: float, expected: str) -> None:
     profile = resolve_profile(MemoryConfig(), "sdxl", SDXL_BF16, gpu(24_576, free_gib))
@@ -92,6 +93,7 @@ def test_gpu_bytes_count_text_encoders_together_and_phases_apart() -> None:
     assert load_profile("balanced").gpu_bytes(SDXL_BF16) == SDXL_BF16["unet"]
     assert load_profile("balanced").gpu_bytes({**SDXL_BF16, "unet": 1}) == text
     assert load_profile("gpu_poor").gpu_bytes({**SDXL_BF16, "unet": 1}) == vae
+    assert load_profile("extreme").gpu_bytes(SDXL_BF16) == vae
     assert load_profile("cpu_only").gpu_bytes(SDXL_BF16) == 0
 
 
