@@ -67,6 +67,7 @@ class Driver:
         self._signals = _Signals()
         self._workers: dict[str, WorkerInfo] = {}
         self._rows_by_worker: Counter[str] = Counter()
+        self._failed_incarnations: dict[str, int] = {}
         self._reported_at = float("-inf")
         self.num_duplicates = 0
         """Rows that took the file of an equal request."""
@@ -191,6 +192,10 @@ class Driver:
             self._workers[event.worker_id] = event.info
         elif isinstance(event, WorkerFailed):
             self._workers.pop(event.worker_id, None)
+            # Every call that a dead worker had fails, and each says so.
+            if self._failed_incarnations.get(event.worker_id) == event.incarnation:
+                return
+            self._failed_incarnations[event.worker_id] = event.incarnation
             if self._on_warning is not None and event.error is None:
                 self._on_warning(event.reason)
 

@@ -99,8 +99,9 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     # One batch was under way in each dead worker, and one behind it.
     assert sum(rendered(log).values()) <= 195 + 5 * 8
     assert len({results["file_name"][row].as_py() for row in (100, 101, 199)}) == 1
-    assert len(chaos.warnings) >= 4
-    assert any("died: killed" in warning for warning in chaos.warnings)
+    # One warning for each death: the killed worker, and those that the poisoned row took with it.
+    assert sum("died: killed" in warning for warning in chaos.warnings) == 1
+    assert sum("died: Segmentation fault" in warning for warning in chaos.warnings) in (3, 4)
     assert read_progress(out).state == "finished"
 
     # Ray believes in the two GPUs, and gives each worker one.
