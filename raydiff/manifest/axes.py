@@ -29,7 +29,10 @@ class Axis:
     name: str
     values: Any
 
-    def __len__(self) -> int:
+    @property
+    def num_values(self) -> int:
+        if isinstance(self.values, range):  # len() ends at 2^63 - 1, seeds do not
+            return (self.values.stop - self.values.start - 1) // self.values.step + 1
         return len(self.values)
 
     @property
@@ -46,9 +49,9 @@ class Axis:
         """Return the values in few words: `3, 5, 7.5`, `0-9`, `red, green, ... 40 more`."""
         if isinstance(self.values, range):
             step = f":{self.values.step}" if self.values.step > 1 else ""
-            return f"{self.values[0]}-{self.values[-1]}{step}"
+            return f"{self.values.start}-{self.values.stop - 1}{step}"
         shown = [as_text(value, "null") for value in self.values[:NUM_SHOWN].to_pylist()]
-        more = len(self) - len(shown)
+        more = self.num_values - len(shown)
         return ", ".join(text[:40] for text in shown) + (f", ... {more} more" if more else "")
 
     def identity(self) -> Any:
@@ -78,7 +81,7 @@ def make_axis(name: str, given: AxisValue | Sequence[AxisValue]) -> Axis:
     if kind == "whole number":
         ranges = [_range(name, value) if isinstance(value, str) else value for value in values]
         if len(ranges) == 1 and isinstance(ranges[0], range):
-            _check_known(name, [ranges[0][0], ranges[0][-1]])
+            _check_known(name, [ranges[0].start, ranges[0].stop - 1])
             return Axis(name=name, values=ranges[0])
         values = _laid_out(name, ranges)
     if any(isinstance(value, bool) for value in values):
@@ -152,11 +155,11 @@ def _range(name: str, text: str) -> range | str | int:
 
 
 def _laid_out(name: str, items: list[Any]) -> list[Any]:
-    num_values = sum(len(item) if isinstance(item, range) else 1 for item in items)
+    num_values = sum(item.stop - item.start if isinstance(item, range) else 1 for item in items)
     if num_values > MAX_LISTED:
         raise ConfigError(
-            f"axis {name} has {num_values:,} values in several parts; {MAX_LISTED:,} are allowed. "
-            "Give one range."
+            f"axis {name} lists {num_values:,} values in several parts; {MAX_LISTED:,} are "
+            "allowed. Give a single range."
         )
     return [value for item in items for value in (item if isinstance(item, range) else (item,))]
 

@@ -19,7 +19,8 @@ from raydiff.manifest.files import find_files
 from raydiff.manifest.reader import Manifest, Part, open_parquet
 from raydiff.manifest.schema import COLUMNS, quoted
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2**20
+"""Arrow reads 32 blocks ahead. A line of a .csv or .tsv file must fit into one."""
 HASH_BYTES = 2**20
 BATCH_LINES = 1024
 
@@ -43,7 +44,10 @@ def open_source(uri: str) -> Manifest:
     object a line. A column `Prompt` counts as `prompt`. Text files are read through once, to count
     their rows and to see their columns' types. Raises ManifestError.
     """
-    read = _READERS.get(PurePosixPath(uri).suffix.lower())
+    ending = PurePosixPath(uri).suffix.lower()
+    if ending in (".yaml", ".yml"):
+        raise ManifestError(f"{uri} is a job file: `raydiff plan {uri}` shows the sweep in it.")
+    read = _READERS.get(ending)
     source = open_parquet(uri) if read is None else _open_text(uri, read)
     return _with_prompt_column(source)
 
@@ -173,7 +177,11 @@ def _raw_batches(filesystem: Any, path: str, read: Batches) -> Iterator[pa.Recor
     except UnicodeDecodeError:
         raise ManifestError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
     except pa.ArrowInvalid as error:
-        reason = "it is empty" if "Empty CSV" in str(error) else str(error)
+        reason = str(error)
+        if "Empty CSV" in reason:
+            reason = "it is empty"
+        elif "straddl" in reason:
+            reason = f"a row has more than {BLOCK_BYTES:,} bytes"
         raise ManifestError(f"{path} cannot be read: {reason}. Correct the file.") from None
 
 

@@ -216,6 +216,9 @@ class SweepPart:
         found = {name: pa.array(values, pa.string()).take(inverse) for name, values in made.items()}
         if "prompt" in columns:
             found[SOURCE_PROMPT_COLUMN] = columns["prompt"]
+        if "prompt" in texts.fields:  # a row without its prompt stays one, for `plan` to find
+            has_prompt = _as_array(columns["prompt"].is_valid(), pa.bool_())
+            found["prompt"] = pc.if_else(has_prompt, found["prompt"], None)
         return found
 
 
@@ -317,7 +320,7 @@ def _sampling(
     lengths = {} if source is None else {"prompts": source.num_rows}
     if texts is not None:
         lengths["texts of the template"] = texts.ends[-1]
-    lengths |= {axis.name: len(axis) for axis in axes}
+    lengths |= {axis.name: axis.num_values for axis in axes}
     num_rows = _num_rows(config, lengths)
     if num_rows > config.max_rows:
         counts = " x ".join(f"{count:,} {name}" for name, count in lengths.items())
@@ -401,4 +404,4 @@ def _summaries(
         yield AxisSummary(name="template", num_values=texts.ends[-1], values=shown)
     for axis in axes:
         note = " (instead of the source's column)" if axis.name in replaced else ""
-        yield AxisSummary(name=axis.name, num_values=len(axis), values=axis.describe() + note)
+        yield AxisSummary(name=axis.name, num_values=axis.num_values, values=axis.describe() + note)

@@ -1,9 +1,10 @@
 """Write a manifest to Parquet: one file, or a folder of part files, all of it or nothing."""
 
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from raydiff.manifest.reader import Manifest
 GROUP_ROWS = 131_072
 GROUP_BYTES = 32 * 2**20
 PART_NAME = "part-{:05d}.parquet"
-
-OnRows = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +36,11 @@ def write_manifest(
     *,
     rows_per_file: int,
     is_forced: bool = False,
-    on_rows: OnRows | None = None,
 ) -> WrittenManifest:
     """Write the rows to the file `out`; more than `rows_per_file` to part files in a folder `out`.
 
     Everything is written under a hidden name beside `out` and then takes its name. `is_forced`
-    replaces a file, or a folder of part files, that is there. on_rows is told how many rows are
-    written. Raises OutputError.
+    replaces a file, or a folder of part files, that is there. Raises OutputError.
     """
     out = Path(out)
     check_target(out, is_forced=is_forced)
@@ -52,12 +49,13 @@ def write_manifest(
     try:
         if is_folder:
             temporary.mkdir()
-        rows = _Rows(manifest, on_rows)
+        rows = _Rows(manifest)
         num_files = -(-manifest.num_rows // rows_per_file)
+        rows_each = -(-manifest.num_rows // num_files)  # no last file of a few rows
         size_bytes = 0
         for index in range(num_files):
             path = temporary / PART_NAME.format(index) if is_folder else temporary
-            _write_file(path, manifest.schema, rows, rows_per_file)
+            _write_file(path, manifest.schema, rows, rows_each)
             size_bytes += path.stat().st_size
         _publish(temporary, out)
     except OSError as error:
@@ -74,8 +72,10 @@ def write_manifest(
 
 def check_target(out: Path, *, is_forced: bool) -> None:
     """Raise OutputError if `out` cannot be written or is there and may not be replaced."""
-    if "://" in str(out) or ":/" in str(out):
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(out)):
         raise OutputError(f"{out}: only local files can be written. Write one and copy it there.")
+    if out.name in ("", ".."):
+        raise OutputError(f"{out}: name the manifest to write, e.g. {out / 'manifest.parquet'}")
     if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
     if not out.exists():
@@ -94,11 +94,9 @@ def check_target(out: Path, *, is_forced: bool) -> None:
 class _Rows:
     """Hands the manifest's batches out by number of rows."""
 
-    def __init__(self, manifest: Manifest, on_rows: OnRows | None) -> None:
+    def __init__(self, manifest: Manifest) -> None:
         self._batches = (batch for _, batch in manifest.batches())
         self._rest: Any = None
-        self._on_rows = on_rows
-        self._num_taken = 0
 
     def take(self, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Yield batches with `num_rows` rows in all, fewer at the end."""
@@ -109,9 +107,6 @@ class _Rows:
             self._rest = batch.slice(num_rows) if batch.num_rows > num_rows else None
             taken = batch.slice(0, num_rows)
             num_rows -= taken.num_rows
-            self._num_taken += taken.num_rows
-            if self._on_rows is not None:
-                self._on_rows(self._num_taken)
             yield taken
 
 
@@ -143,7 +138,11 @@ def _publish(temporary: Path, out: Path) -> None:
         return
     aside = temporary.with_suffix(".old")
     out.rename(aside)
-    temporary.rename(out)
+    try:
+        temporary.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
     _remove(aside)
 
 
