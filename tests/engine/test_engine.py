@@ -99,9 +99,10 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     # One batch was under way in each dead worker, and one behind it.
     assert sum(rendered(log).values()) <= 195 + 5 * 8
     assert len({results["file_name"][row].as_py() for row in (100, 101, 199)}) == 1
-    # One warning for each death: the killed worker, and those that the poisoned row took with it.
+    # One warning for each death, whatever calls the worker had: the one that was killed, and those
+    # that the poisoned row took with it (one more where it was first behind another batch).
     assert sum("died: killed" in warning for warning in chaos.warnings) == 1
-    assert sum("died: Segmentation fault" in warning for warning in chaos.warnings) in (3, 4)
+    assert 3 <= sum("died: Segmentation fault" in warning for warning in chaos.warnings) <= 5
     assert read_progress(out).state == "finished"
 
     # Ray believes in the two GPUs, and gives each worker one.
