@@ -84,19 +84,18 @@ def sweep(
     dry_run: bool,
     is_json: bool,
 ) -> None:
-    r"""Make a manifest: every prompt of SOURCE with every template, setting and seed.
+    """Make a manifest: every prompt of SOURCE with every template, setting and seed.
 
     SOURCE is .txt (a prompt a line), .csv, .tsv (quotes are text), .jsonl or Parquet; its other
     columns are kept. The last axis changes fastest. In templates, {name} is a column of SOURCE
-    or a --grid axis; \{ is a plain brace. A value in --grid is a number, text, "text, with a
+    or a --grid axis; \\{ is a plain brace. A value in --grid is a number, text, "text, with a
     comma", null (the default), or in whole-number columns a range such as 20-50:10.
 
     \b
     raydiff sweep prompts.txt --seeds 0-9 --grid guidance_scale=3,5,7.5 --out manifest.parquet
     raydiff sweep --template "a {colour} {cat|dog}" --grid colour=red,black --dry-run
     raydiff sweep prompts.csv --template "{prompt}, __style__" --wildcards styles --out m.parquet
-    raydiff sweep prompts.txt --grid sampler=euler,ddim --seeds 0-999 --mode random --samples 500 \
-        --out sample.parquet
+    raydiff sweep prompts.txt --seeds 0-999 --mode random --samples 500 --dry-run
     """
     from raydiff.config import SweepConfig
     from raydiff.manifest.sweep import open_sweep
