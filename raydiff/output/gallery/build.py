@@ -92,7 +92,12 @@ class Gallery:
         progress = read_progress(self._out_dir)
         table = read_results(self._out_dir)
         num_made = self._thumbnails.num_made
-        problems = self._make_thumbnails(table, thumbnails_s, on_progress)
+        names = _file_names(table)
+        problems = self._thumbnails.make(
+            names.items(),
+            deadline=None if thumbnails_s is None else time.monotonic() + thumbnails_s,
+            on_progress=on_progress,
+        )
         with _disk_errors(self.folder):
             self._write_assets()
             chunks, columns = self._write_chunks(table, problems)
@@ -119,7 +124,11 @@ class Gallery:
             num_rows=table.num_rows,
             num_made=self._thumbnails.num_made - num_made,
             num_pending=sum(problem == PENDING for problem in problems.values()),
-            problems=tuple(problem for problem in problems.values() if problem != PENDING),
+            problems=tuple(
+                f"{names[request_id]}: {problem}"
+                for request_id, problem in problems.items()
+                if problem != PENDING
+            ),
             is_running=progress.state == "running",
         )
 
@@ -138,22 +147,6 @@ class Gallery:
         finally:
             with _disk_errors(self.folder):
                 self._write_status({**self._status, "refresh_s": None})
-
-    def _make_thumbnails(
-        self,
-        table: pa.Table,
-        thumbnails_s: float | None,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> dict[str, str]:
-        completed = table.filter(pc.is_valid(table["file_name"])).select(
-            ["request_id", "file_name"]
-        )
-        names = dict(zip(*(column.to_pylist() for column in completed.columns), strict=True))
-        return self._thumbnails.make(
-            names.items(),
-            deadline=None if thumbnails_s is None else time.monotonic() + thumbnails_s,
-            on_progress=on_progress,
-        )
 
     def _write_assets(self) -> None:
         for asset in (files(__package__) / "assets").iterdir():
@@ -206,6 +199,13 @@ def _make_folder(folder: Path) -> None:
             f"gallery folder {folder}: it holds {min(names)!r} and is not a gallery. "
             "Choose a new or empty folder with --to."
         )
+
+
+def _file_names(table: pa.Table) -> dict[str, str]:
+    """Return the file of each request that has one."""
+    table = table.filter(pc.and_(pc.is_valid(table["file_name"]), pc.is_valid(table["request_id"])))
+    columns = (table[name].to_pylist() for name in ("request_id", "file_name"))
+    return dict(zip(*columns, strict=True))
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -134,9 +134,11 @@ def _describe(name: str, column: pa.ChunkedArray, kind: Kind) -> dict[str, Any]:
         "num_null": column.null_count,
     }
     if description["num_distinct"] <= MAX_CHOICES:
-        values = _json_values(distinct.field("values"))
-        counts = distinct.field("counts").to_pylist()
-        description["choices"] = sorted(zip(values, counts, strict=True), key=_choice_order)
+        counted = [(one["values"], one["counts"]) for one in distinct.to_pylist()]
+        counted.sort(key=_choice_order)
+        values = _json_values(pa.array([value for value, _ in counted], column.type))
+        counts = (count for _, count in counted)
+        description["choices"] = list(zip(values, counts, strict=True))
     elif kind in ("integer", "number"):
         limits = pc.min_max(column)
         description["low"], description["high"] = _json_values(
@@ -145,20 +147,19 @@ def _describe(name: str, column: pa.ChunkedArray, kind: Kind) -> dict[str, Any]:
     return description
 
 
-def _choice_order(choice: tuple[Any, int]) -> tuple[bool, Any]:
+def _choice_order(choice: tuple[Any, int]) -> tuple[bool, bool, Any]:
+    """Sort values as they are read; NaN and null come last."""
     value = choice[0]
-    if value is None:
-        return True, 0
-    return False, value.casefold() if isinstance(value, str) and not value.isdigit() else (
-        int(value) if isinstance(value, str) else value
-    )
+    if value is None or value != value:
+        return True, value is None, 0
+    return False, False, (value.casefold(), value) if isinstance(value, str) else value
 
 
 def _group(name: str) -> str:
     if name in REQUEST_COLUMNS:
         return "request"
     if name in OUTCOME_COLUMNS:
-        return "outcome"
+        return "outcome" if name in ("status", "error") else "file"
     if name in COST_COLUMNS:
         return "cost"
     return "run" if name in COLUMNS else "own"

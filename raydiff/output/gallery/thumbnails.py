@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import av
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from raydiff.output.atomic import disk_error, replace_file
 from raydiff.output.writer import REQUEST_ID
@@ -52,7 +52,7 @@ class Thumbnails:
     ) -> dict[str, str]:
         """Make those of (request_id, file_name) that are not there, and return what is wrong.
 
-        The result gives, by request_id, a sentence, or PENDING for files not looked at by the
+        The result gives the reason by request_id, PENDING for files not looked at by the
         `deadline` (time.monotonic()). Raises DiskError if a thumbnail cannot be written.
         """
         known = self._known()
@@ -101,14 +101,15 @@ class Thumbnails:
         """Write one thumbnail and return None, or return what is wrong with the file."""
         name = PurePosixPath(file_name)
         if not REQUEST_ID.fullmatch(request_id) or name.is_absolute() or ".." in name.parts:
-            return f"{file_name}: not a file of this run"
+            return "not a file of this run"
         try:
             data = thumbnail(self._out_dir / name)
         except FileNotFoundError:
-            return f"{file_name}: the file is missing"
+            return "the file is missing"
+        except UnidentifiedImageError:
+            return "the file is not an image"
         except _UNREADABLE as error:
-            reason = str(error).replace(str(self._out_dir) + os.sep, "")
-            return f"{file_name}: cannot be read: {reason}"
+            return f"the file cannot be read: {error}"
         path = self._folder / request_id[:2] / f"{request_id}.jpg"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

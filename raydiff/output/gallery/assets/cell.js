@@ -15,7 +15,8 @@ function drawResult(gallery, row, {id, position, size, others = 0}) {
     event.stopPropagation();
     gallery.choose(row);
   }, {class: "check", tabindex: "-1", "aria-label": "Choose for comparison", title: "Choose for comparison (x)"});
-  const cell = make(
+  const told = facts(store, row, gallery.captionColumns);
+  return make(
     "div",
     {
       class: "cell", id, role: "option", "aria-selected": String(isChosen), "aria-posinset": position + 1,
@@ -25,9 +26,8 @@ function drawResult(gallery, row, {id, position, size, others = 0}) {
     check,
     others ? make("span", {class: "badge others", title: `${others} more here`}, `+${others}`) : null,
     make("p", {class: "caption", dir: "auto"}, prompt ? prompt.slice(0, 200) : store.label(row)),
-    make("p", {class: "facts"}, facts(store, row, gallery.captionColumns)),
+    make("p", {class: "facts", title: told}, told),
   );
-  return cell;
 }
 
 function fillPicture(store, picture, row) {

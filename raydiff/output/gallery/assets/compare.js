@@ -17,7 +17,7 @@ class Compare {
   open(rows) {
     this.rows = rows;
     this.draw();
-    if (!this.dialog.open) this.dialog.showModal();
+    openDialog(this.dialog);
     this.stage.show();
   }
 
@@ -34,7 +34,7 @@ class Compare {
         make("span", {class: "grow"}),
         hasVideo ? button("Play all", () => this.playFromStart()) : null,
         button("−", () => this.stage.zoom(1 / 1.4), {class: "button icon", "aria-label": "Zoom out", title: "-"}),
-        button("1:1", () => this.stage.reset(), {"aria-label": "Whole picture", title: "0"}),
+        button("Fit", () => this.stage.reset(), {"aria-label": "Whole picture", title: "0"}),
         button("+", () => this.stage.zoom(1.4), {class: "button icon", "aria-label": "Zoom in", title: "+"}),
         button("×", () => this.dialog.close(), {class: "button icon", "aria-label": "Close", title: "Escape"}),
       ),
@@ -51,8 +51,8 @@ class Compare {
       this.stage.panes[index],
       make(
         "figcaption", {}, make("strong", {}, name), make("span", {class: "caption", dir: "auto"}, (store.value("prompt", row) ?? store.label(row)).slice(0, 300)),
-        button("Row", () => copyText(manifestRow(store, row), "Manifest row"), {class: "button link", title: "Copy manifest row"}),
-        button("Command", () => copyText(command(store, row), "Command"), {class: "button link", title: "Copy the command that makes it again"}),
+        button("Copy row", () => copyText(manifestRow(store, row), "Manifest row"), {class: "button link"}),
+        button("Copy command", () => copyText(command(store, row), "Command"), {class: "button link"}),
       ),
     );
   }

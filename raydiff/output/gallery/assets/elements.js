@@ -21,6 +21,12 @@ function button(text, onclick, attributes = {}) {
   return make("button", {class: "button", type: "button", onclick, ...attributes}, text);
 }
 
+/* Open a dialog with none of its buttons marked as the one that Enter presses. */
+function openDialog(dialog) {
+  if (!dialog.open) dialog.showModal();
+  dialog.focus();
+}
+
 /* Long text, clipped until it is asked for. */
 const CLIP_CHARACTERS = 600;
 

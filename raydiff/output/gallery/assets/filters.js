@@ -2,8 +2,9 @@
 /* The panel with a filter for every column, and the chips that say which are on. */
 
 const GROUPS = {
-  outcome: "Outcome", request: "Request", own: "Your columns", cost: "Cost", run: "Run",
+  outcome: "Outcome", request: "Request", own: "Your columns", cost: "Cost", file: "File", run: "Run",
 };
+const MAX_HINT = 28; // characters
 const TYPING_MS = 120;
 
 class FilterPanel {
@@ -66,7 +67,10 @@ class FilterPanel {
 
   hint(column) {
     if (column.low !== undefined) return `${shown(column.low, column.name)} – ${shown(column.high, column.name)}`;
-    return `${column.num_distinct.toLocaleString("en")} values`;
+    const list = column.choices?.map(([value]) => shown(value, column.name)).join(", ");
+    if (list && list.length <= MAX_HINT) return list;
+    const count = column.num_distinct;
+    return count === 1 ? "1 value" : `${count.toLocaleString("en")} values`;
   }
 
   fill(body, column) {

@@ -246,7 +246,7 @@ class Gallery {
       cellHeight,
       left: isGrid ? 0 : isNarrow ? 84 : 140,
       top: isGrid ? 0 : 36,
-      inset: INSET,
+      inset: isGrid ? INSET : 0,
     });
     this.showCurrent();
   }
@@ -306,6 +306,7 @@ class Gallery {
       [x, y] = [index % numColumns, Math.floor(index / numColumns)];
     }
     this.current = {column: x, row: y};
+    if (!document.querySelector("dialog[open]")) this.focusGrid();
     this.grid.reveal(x, y);
     this.showCurrent();
   }
@@ -425,7 +426,7 @@ class Gallery {
         button("×", () => dialog.close(), {class: "button icon", "aria-label": "Close"})),
       make("dl", {}, ...KEYS.flatMap(([keys, text]) => [make("dt", {}, ...keys.split("  ").map((key) => make("kbd", {}, key))), make("dd", {}, text)])),
     );
-    dialog.showModal();
+    openDialog(dialog);
   }
 
   key(event) {
@@ -481,13 +482,16 @@ class Gallery {
   }
 }
 
-/* Columns whose values differ, for the line under a picture; seeds, being long, come last. */
+/* Columns whose values differ, for the line under a picture: the shortest come first. */
 function captionColumns(store) {
-  const columns = store.axes().filter(
-    (column) => !["prompt", "model_revision", "init_image_sha256", "init_image"].includes(column.name)
-      && column.kind !== "json"
-  );
-  return [...columns.filter((column) => column.name !== "seed"), ...columns.filter((column) => column.name === "seed")];
+  const untold = new Set(["prompt", "model_revision", "init_image_sha256", "init_image"]);
+  const columns = store.axes().filter((column) => !untold.has(column.name) && column.kind !== "json");
+  const width = (column) => {
+    const values = column.choices ? column.choices.map(([value]) => value) : [column.high ?? "a long text"];
+    return Math.max(...values.map((value) => shown(value, column.name).length));
+  };
+  const widths = new Map(columns.map((column) => [column, width(column)]));
+  return columns.sort((a, b) => widths.get(a) - widths.get(b));
 }
 
 function fillSelect(select, options, value) {

@@ -88,8 +88,12 @@ function sortedRows(store, rows, name, isDescending) {
 }
 
 /* Lay rows out by the values of up to three columns ("" is none). Return the sorted values of
-   each axis and rowsAt(x, y, z), the rows at a place. */
-function layOut(store, rows, names) {
+   each axis and rowsAt(x, y, z), the rows at a place. Rows that have none of the values, as those
+   that asked for no image, have no place. */
+function layOut(store, allRows, names) {
+  const used = names.filter((name) => store.columns.has(name));
+  const rows = used.length
+    ? allRows.filter((row) => used.some((name) => store.value(name, row) !== null)) : allRows;
   const axes = names.map((name) => axisOf(store, rows, name));
   const places = new Map();
   for (const row of rows) {
@@ -115,10 +119,11 @@ function axisOf(store, rows, name) {
   return {values, placeOf: (row) => places.get(store.value(name, row))};
 }
 
-/* Choose axes to begin with: columns with few values, those of the request before those of cost. */
+/* Choose axes to begin with: what varies most beside the prompt, and a page for each prompt. */
 function likelyAxes(store) {
-  const fit = store.axes().filter((column) => distinctValues(column) <= 60);
-  const own = fit.filter((column) => column.kind !== "json");
-  own.sort((a, b) => distinctValues(b) - distinctValues(a));
-  return [own[0]?.name ?? "", own[1]?.name ?? "", own[2]?.name ?? ""];
+  const axes = store.axes();
+  const fit = axes.filter(({name, kind, choices}) => name !== "prompt" && kind !== "json" && choices);
+  fit.sort((a, b) => b.num_distinct - a.num_distinct);
+  const hasPrompts = axes.some(({name}) => name === "prompt");
+  return [fit[0]?.name ?? "", fit[1]?.name ?? "", hasPrompts ? "prompt" : fit[2]?.name ?? ""];
 }

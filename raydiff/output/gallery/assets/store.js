@@ -4,6 +4,7 @@
 
 const DATA = "data/";
 const RETRY_MS = 2000;
+const SHOW_MS = 250; // between two states of a page that is still loading
 
 class Store {
   constructor({onRows, onStatus, onProblem}) {
@@ -11,6 +12,7 @@ class Store {
     this.columns = new Map(); // name → {name, kind, group, num_distinct, num_null, choices | low, high}
     this.shown = []; // chunks, in order
     this.numRows = 0;
+    this.shownAt = 0;
     this.known = new Map(); // file name → chunk
     this.next = null; // the status whose chunks are on their way
     this.on = {onRows, onStatus, onProblem};
@@ -63,7 +65,8 @@ class Store {
       arrived.push(this.known.get(name));
     }
     const isWhole = arrived.length === this.next.chunks.length;
-    if (!isWhole && this.isSettled) return;
+    const isTooSoon = this.numRows > 0 && performance.now() - this.shownAt < SHOW_MS;
+    if (!isWhole && (this.isSettled || isTooSoon || !arrived.length)) return;
     const isSame = isWhole && this.isSettled && this.status
       && String(this.status.chunks) === String(this.next.chunks);
     this.status = this.next;
@@ -77,6 +80,7 @@ class Store {
     this.on.onStatus();
     if (isSame) return;
     this.shown = arrived;
+    this.shownAt = performance.now();
     this.numRows = arrived.reduce((sum, chunk) => sum + chunk.rows, 0);
     this.on.onRows();
   }
@@ -119,7 +123,7 @@ class Store {
   /* Columns that tell results apart: of the request and of the user's own. */
   axes() {
     return [...this.columns.values()].filter(
-      (column) => (column.group === "request" || column.group === "own") && distinctValues(column) > 1
+      (column) => (column.group === "request" || column.group === "own") && column.num_distinct > 1
     );
   }
 }

@@ -12,7 +12,7 @@ class Viewer {
   open(rows, index) {
     Object.assign(this, {rows, index});
     this.draw();
-    if (!this.dialog.open) this.dialog.showModal();
+    openDialog(this.dialog);
     this.stage.play();
   }
 
@@ -90,7 +90,7 @@ class Viewer {
     const columns = [...store.columns.values()].filter(
       (column) => !told.has(column.name) && store.value(column.name, row) !== null
     );
-    return ["request", "own", "outcome", "cost", "run"].flatMap((group) => {
+    return ["request", "own", "outcome", "file", "cost", "run"].flatMap((group) => {
       const mine = columns.filter((column) => column.group === group);
       if (!mine.length) return [];
       return [
