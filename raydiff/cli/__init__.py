@@ -15,6 +15,7 @@ COMMANDS = {
     "sweep": ("raydiff.cli.sweep", "Make a manifest: prompts times settings, templates, seeds."),
     "status": ("raydiff.cli.status", "Show how far a run is."),
     "verify": ("raydiff.cli.verify", "Check every file of a run against its metadata."),
+    "sheet": ("raydiff.cli.sheet", "Make labelled contact sheets of a run."),
     "query": ("raydiff.cli.query", "Ask a run's metadata in SQL."),
     "gallery": ("raydiff.cli.gallery", "Write a page to look through a run's results."),
     "diff": ("raydiff.cli.diff", "Compare two runs: max abs, PSNR, SSIM per request."),

@@ -80,7 +80,7 @@ def _rank(difference: "Difference") -> tuple[int, float, int]:
     return difference.rank
 
 
-def _with_bar(run_diff: "RunDiff") -> "Iterator[Difference]":
+def _with_bar(run_diff: "RunDiff") -> Iterator["Difference"]:
     """Yield the differences; on a terminal, show how many requests are done."""
     from rich.console import Console
     from rich.progress import Progress

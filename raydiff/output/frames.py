@@ -46,10 +46,12 @@ def is_video(file_name: str) -> bool:
 def read_image(path: Path, *, max_size: tuple[int, int] | None = None) -> Image.Image:
     """Return an image as RGB; with `max_size`, a JPEG may come reduced to no less than that.
 
-    Raises MediaError.
+    Raises MediaError, also for a PNG whose checksums do not hold.
     """
     with _as_media_errors():
         try:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                image.verify()
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if max_size is not None:
                     image.draft("RGB", max_size)
@@ -57,7 +59,7 @@ def read_image(path: Path, *, max_size: tuple[int, int] | None = None) -> Image.
         except UnidentifiedImageError:
             raise MediaError("not a PNG, JPEG or WebP image") from None
         except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise MediaError(f"broken: {error}") from None
+            raise MediaError(f"{error}") from None
 
 
 def read_frames(path: Path) -> Iterator[Pixels]:

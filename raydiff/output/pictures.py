@@ -1,0 +1,82 @@
+"""What a cell of a contact sheet shows: an image, a strip of a video's frames, or an error."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from raydiff.output.frames import (
+    MediaError,
+    count_frames,
+    is_video,
+    media_path,
+    read_frames,
+    read_image,
+)
+from raydiff.output.sheet_grid import Row
+
+Box = tuple[int, int]
+
+FRAME_GAP = 2
+REDUCING_GAP = 3.0
+"""Pillow first halves a large image cheaply, down to this many times the size asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A thumbnail, or why there is none."""
+
+    image: Image.Image | None = None
+    problem: str = ""
+    """`failed`, `quarantined`, `missing` or `broken`."""
+    message: str = ""
+
+
+def make_picture(out_dir: Path, row: Row, frame: Box, num_frames: int) -> Picture:
+    """Return the picture of a metadata row; `frame` bounds an image, or each frame of a video."""
+    if row["status"] != "completed":
+        return Picture(problem=row["status"], message=row["error"] or "")
+    try:
+        path = media_path(out_dir, row["file_name"])
+        if is_video(row["file_name"]):
+            return Picture(image=_strip(path, frame, num_frames))
+        return Picture(image=fitted(read_image(path, max_size=frame), frame))
+    except MediaError as error:
+        problem = "missing" if error.is_missing else "broken"
+        return Picture(problem=problem, message=f"{error} ({row['file_name']})")
+
+
+def fitted_size(size: Box, box: Box) -> Box:
+    """Return the largest size of the same shape that fits a box."""
+    scale = min(box[0] / size[0], box[1] / size[1])
+    return (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
+
+
+def strip_size(frame: Box, num_frames: int) -> Box:
+    """Return the size of frames side by side."""
+    return (num_frames * frame[0] + (num_frames - 1) * FRAME_GAP, frame[1])
+
+
+def fitted(image: Image.Image, box: Box) -> Image.Image:
+    """Scale an image to fit a box."""
+    size = fitted_size(image.size, box)
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+
+
+def _strip(path: Path, frame: Box, num_frames: int) -> Image.Image:
+    """Return frames of a video, evenly spread from its first to its last, side by side."""
+    last = count_frames(path) - 1
+    steps = max(num_frames - 1, 1)
+    wanted = {round(last * number / steps) for number in range(num_frames)}
+    pictures = [
+        fitted(Image.fromarray(pixels), frame)
+        for index, pixels in enumerate(read_frames(path))
+        if index in wanted
+    ]
+    if not pictures:
+        raise MediaError("no frame can be decoded")
+    width, height = pictures[0].size
+    strip = Image.new("RGB", strip_size((width, height), len(pictures)), "white")
+    for number, picture in enumerate(pictures):
+        strip.paste(picture, (number * (width + FRAME_GAP), 0))
+    return strip
