@@ -173,7 +173,7 @@ class Sheet:
         """Return title, page and what all pictures of the sheet share."""
         title = self._out_dir.resolve().name
         if len(self._pages) > 1:
-            title += f"  {number} / {len(self._pages)}"
+            title += f", page {number} of {len(self._pages)}"
         found = [self._title.wrap(title, width, 1)]
         if self._grid.z is not None:
             text = f"{self._grid.z.name}: {self._grid.z.labels[page.z]}"
