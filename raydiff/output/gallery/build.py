@@ -39,7 +39,7 @@ GALLERY_DIR = "gallery"
 DATA_DIR = "data"
 STATUS_SCRIPT = "status.js"
 PAGE = "index.html"
-INTERVAL_S = 3.0
+INTERVAL_S = 2.0
 MAX_LOAD = 0.2
 """Share of the time that a refreshed gallery may spend on it."""
 NOT_IN_MANIFEST = ("init_image_sha256", "model_revision")

@@ -36,21 +36,22 @@ function clippedText(text, attributes = {}) {
   body.textContent = `${text.slice(0, CLIP_CHARACTERS)} …`;
   const more = button(`Show all ${text.length.toLocaleString("en")} characters`, () => {
     body.textContent = text;
+    more.closest("dialog")?.focus(); // which would lose the keys with the button
     more.remove();
   }, {class: "button link expand"});
   return make("div", {class: "clipped"}, body, more);
 }
 
+const toastElement = make("div", {id: "toast", class: "toast", role: "status"});
 let toastTimer = 0;
 
 function toast(text) {
-  const element = byId("toast");
-  // The toast lies in the open dialog, which is above everything else.
-  (document.querySelector("dialog[open]") ?? document.body).append(element);
-  element.textContent = text;
-  element.classList.add("is-shown");
+  // It lies in the open dialog, which is above everything else, and goes when that is redrawn.
+  (document.querySelector("dialog[open]") ?? document.body).append(toastElement);
+  toastElement.textContent = text;
+  toastElement.classList.add("is-shown");
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => element.classList.remove("is-shown"), 2200);
+  toastTimer = setTimeout(() => toastElement.classList.remove("is-shown"), 2200);
 }
 
 async function copyText(text, what) {

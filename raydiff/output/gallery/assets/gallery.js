@@ -61,8 +61,10 @@ class Gallery {
     on("view-grid", "click", () => this.setView("grid"));
     on("view-xyz", "click", () => this.setView("xyz"));
     ["x", "y", "z"].forEach((axis, index) => on(`axis-${axis}`, "change", (event) => {
-      this.axes[index] = event.target.value;
+      const name = event.target.value;
+      this.axes = this.axes.map((other, place) => (place === index ? name : other === name ? "" : other));
       this.page = 0;
+      this.fillSelects();
       this.arrange();
     }));
     on("page", "change", () => this.setPage(Number(byId("page").value)));

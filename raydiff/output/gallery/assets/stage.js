@@ -34,9 +34,11 @@ class Stage {
     const {store} = this;
     const status = store.value("status", row);
     if (status !== "completed") return placeholder(status, store.value("error", row) ?? "");
+    if (store.flaw(row)) return placeholder("no picture", store.flaw(row));
     const url = store.fileUrl(row);
     const onerror = (event) => {
-      if (event.target.hasAttribute("src")) event.target.replaceWith(placeholder("no picture", store.flaw(row) || `${store.value("file_name", row)} cannot be shown`));
+      if (!event.target.hasAttribute("src")) return;
+      event.target.replaceWith(placeholder("no picture", `${store.value("file_name", row)} cannot be shown`));
     };
     if (store.mediaKind(row) === "video") {
       const video = make("video", {class: "media", controls: true, loop: true, playsinline: true, preload: "auto", onerror});

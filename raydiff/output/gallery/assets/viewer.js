@@ -12,8 +12,6 @@ class Viewer {
   open(rows, index) {
     Object.assign(this, {rows, index});
     this.draw();
-    openDialog(this.dialog);
-    this.stage.play();
   }
 
   get row() {
@@ -25,7 +23,6 @@ class Viewer {
     if (index < 0 || index >= this.rows.length) return;
     this.index = index;
     this.draw();
-    this.stage.play();
     this.gallery.moveToRow(this.row);
   }
 
@@ -70,6 +67,8 @@ class Viewer {
         ),
       ),
     );
+    openDialog(this.dialog);
+    this.stage.play();
   }
 
   story(row) {
