@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from raydiff import __version__
-from raydiff.errors import InputError, RaydiffError
+from raydiff.errors import InputError, RaydiffError, nearest
 
 COMMANDS = {
     "render": ("raydiff.cli.render", "Render a manifest, a job file or single prompts."),
@@ -22,7 +22,23 @@ COMMANDS = {
     "models": ("raydiff.cli.models", "Inspect, download or make checkpoints."),
     "doctor": ("raydiff.cli.doctor", "Check this machine: Python, torch, GPUs, Ray, disk."),
     "bench": ("raydiff.cli.bench", "Measure the engine and the models on this machine."),
+    "completion": ("raydiff.cli.completion", "Make bash, zsh or fish complete this command."),
 }
+
+START = """raydiff renders a Parquet manifest of prompts into images on every GPU there is.
+
+Try it without a download; the model is tiny, so its images are noise:
+  raydiff models make-tiny sd21 demo-model
+  raydiff render --prompt "a lighthouse at dusk" --model demo-model --out demo
+
+A first picture; the model is fetched from the Hub:
+  raydiff render --prompt "a lighthouse at dusk" --model sdxl --out first
+
+A manifest, a Parquet file with a column `prompt`:
+  raydiff plan prompts.parquet --model sdxl
+  raydiff render prompts.parquet --model sdxl --out renders
+
+All commands: raydiff --help. One of them: raydiff render --help. This machine: raydiff doctor."""
 
 
 class LazyGroup(click.Group):
@@ -40,6 +56,15 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(import_module(module), cmd_name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is called; name the nearest one where there is none."""
+        if args[0] not in COMMANDS and args[0][:1].isalpha():
+            hint = nearest(args[0], COMMANDS) or "raydiff --help lists them."
+            ctx.fail(f"no command {args[0]!r}: {hint.strip()}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -54,9 +79,14 @@ class LazyGroup(click.Group):
             sys.exit(2 if isinstance(error, InputError) else 1)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
 @click.version_option(__version__, prog_name="raydiff")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Render a Parquet manifest of prompts into images on every GPU there is.
 
     \b
@@ -64,3 +94,5 @@ def main() -> None:
     raydiff render prompts.parquet --model sdxl --out renders
     raydiff status renders
     """
+    if context.invoked_subcommand is None:
+        click.echo(START)

@@ -13,7 +13,12 @@ GIB = 1024**3
 
 @click.group()
 def bench() -> None:
-    """Measure the engine and the models on this machine."""
+    """Measure the engine and the models on this machine.
+
+    \b
+    raydiff bench engine
+    raydiff bench model sdxl
+    """
 
 
 @bench.command("engine")

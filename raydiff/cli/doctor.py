@@ -33,6 +33,10 @@ def doctor(out: str, is_json: bool) -> None:
     """Check Python, torch, CUDA, GPUs, Ray, shared memory, disk and the Hub token.
 
     Exit status 1 when something would keep a run from starting.
+
+    \b
+    raydiff doctor
+    raydiff doctor --out /data/renders --json
     """
     checks = list(_checks(Path(out)))
     if is_json:

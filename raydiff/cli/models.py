@@ -12,7 +12,12 @@ TINY_FAMILIES = ("sd21", "sdxl")
 
 @click.group()
 def models() -> None:
-    """Inspect, download or make checkpoints."""
+    """Inspect, download or make checkpoints.
+
+    \b
+    raydiff models pull sdxl
+    raydiff models inspect ~/models/stable-diffusion-xl-base-1.0
+    """
 
 
 @models.command()
