@@ -194,7 +194,7 @@ def test_files_outside_the_run_are_not_read(file_name: str, tmp_path: Path) -> N
     (tmp_path / "secret.png").write_bytes(image_bytes(picture(1)))
     out = write_rows(tmp_path / "out", [{"prompt": "a", "file_name": file_name}])
     found = Gallery(out).refresh()
-    assert found.problems == (f"{file_name}: not a file of this run",)
+    assert found.problems == (f"{file_name}: the file name leads out of the run's folder",)
     assert not list((out / "gallery").rglob("*.jpg"))
 
 
