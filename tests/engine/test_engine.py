@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -54,13 +55,15 @@ class Chaos:
 
 def listening_addresses() -> set[str]:
     """Where this process and all below it listen."""
-    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return {
-        connection.laddr.ip
-        for process in family
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    addresses = set()
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # one that ended just now
+            addresses |= {
+                connection.laddr.ip
+                for connection in process.net_connections("inet")
+                if connection.status == psutil.CONN_LISTEN
+            }
+    return addresses
 
 
 def test_bad_poison_and_equal_rows_and_a_killed_worker(

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from raydiff.errors import RowError
 from raydiff.manifest.init_images import find_init_image
 
+NOBODY = 65534
 SUFFIXES = ("png", "jpg", "webp")
 
 
@@ -102,12 +104,18 @@ def test_what_is_no_file(tmp_path: Path, text: str, reason: str) -> None:
     assert len(message) < 500 + 2 * len(str(tmp_path))
 
 
-def test_an_unreadable_file(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png")
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("this user may read every file")
-    assert "Permission denied. Make it readable." in refusal("a.png", tmp_path)
+def test_an_unreadable_file() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder = Path(name)
+        folder.chmod(0o755)
+        save(folder / "a.png").chmod(0)
+        user = os.geteuid()
+        if user == 0:  # root may read every file
+            os.seteuid(NOBODY)
+        try:
+            assert "Permission denied. Make it readable." in refusal("a.png", folder)
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
