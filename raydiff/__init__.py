@@ -3,6 +3,7 @@
     raydiff.render("prompts.parquet", "out", model="sdxl")      what `raydiff render` calls
     raydiff.load_pipeline("sdxl", device="cuda")                 one resident pipeline
     raydiff.read_results("out")                                  the metadata as a pyarrow Table
+    raydiff.score("out", "raydiff.score_hooks:sharpness")        what `raydiff score` calls
 
 Names are imported on first use, so that `import raydiff` loads neither torch nor ray.
 """
@@ -16,6 +17,7 @@ _EXPORTS = {
     "load_pipeline": "raydiff.pipelines.load",
     "render": "raydiff.engine.render",
     "read_results": "raydiff.output.ledger",
+    "score": "raydiff.engine.score",
     "RunConfig": "raydiff.config",
     "RenderRequest": "raydiff.request",
     "RaydiffError": "raydiff.errors",
@@ -29,6 +31,7 @@ __all__ = [
     "load_pipeline",
     "read_results",
     "render",
+    "score",
 ]
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "query": ("raydiff.cli.query", "Ask a run's metadata in SQL."),
     "gallery": ("raydiff.cli.gallery", "Write a page to look through a run's results."),
     "diff": ("raydiff.cli.diff", "Compare two runs: max abs, PSNR, SSIM per request."),
+    "score": ("raydiff.cli.score", "Score a run's images with a function of your own."),
     "models": ("raydiff.cli.models", "Inspect, download or make checkpoints."),
     "doctor": ("raydiff.cli.doctor", "Check this machine: Python, torch, GPUs, Ray, disk."),
     "bench": ("raydiff.cli.bench", "Measure the engine and the models on this machine."),

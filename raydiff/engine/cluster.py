@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from raydiff.engine.scheduler import BatchDone, Event, WorkerFailed, WorkerReady
-from raydiff.engine.worker import BatchReply, Worker, WorkerInfo, WorkerSpec
+from raydiff.engine.worker import Worker, WorkerInfo
 from raydiff.errors import EngineError, InputError
-from raydiff.request import RenderBatch
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Batches and replies are small; pixels never pass through Ray."""
@@ -62,15 +61,16 @@ class _Call:
 
 
 class WorkerActor:
-    """A Worker behind Ray. Asynchronous, so that a call is taken while another one runs."""
+    """A worker behind Ray. Asynchronous, so that a call is taken while another one runs."""
 
-    def __init__(self, worker_id: str, spec: WorkerSpec) -> None:
-        self._worker = Worker(worker_id, spec)
+    def __init__(self, worker_class: type[Any], worker_id: str, spec: Any) -> None:
+        self._worker = worker_class(worker_id, spec)
 
     async def start(self) -> WorkerInfo:
-        return await self._worker.start()
+        info: WorkerInfo = await self._worker.start()
+        return info
 
-    async def render(self, batch: RenderBatch) -> BatchReply:
+    async def render(self, batch: Any) -> Any:
         return await self._worker.render(batch)
 
     async def lifetime(self) -> None:
@@ -81,8 +81,12 @@ class WorkerActor:
 class LocalCluster:
     """A private Ray on this machine, started with the first worker."""
 
-    def __init__(self, resources: Resources, spec: WorkerSpec) -> None:
+    def __init__(
+        self, resources: Resources, spec: Any, *, worker_class: type[Any] = Worker
+    ) -> None:
+        """A worker is `worker_class(worker_id, spec)`, with `start` and `render` as Worker has."""
         self._resources = resources
+        self._worker_class = worker_class
         self._spec = spec
         self._actors: dict[str, Any] = {}
         self._pending: dict[Any, _Call] = {}
@@ -103,12 +107,13 @@ class LocalCluster:
             "enable_task_events": False,
             **self._resources.per_worker,
         }
-        actor = self._ray.remote(WorkerActor).options(**options).remote(worker_id, self._spec)
+        actor_class = self._ray.remote(WorkerActor).options(**options)
+        actor = actor_class.remote(self._worker_class, worker_id, self._spec)
         self._actors[worker_id] = actor
         for ref in (actor.lifetime.remote(), actor.start.remote()):
             self._pending[ref] = _Call(worker_id, incarnation)
 
-    def dispatch(self, worker_id: str, incarnation: int, batch: RenderBatch) -> None:
+    def dispatch(self, worker_id: str, incarnation: int, batch: Any) -> None:
         """Send a batch to a worker; `poll` reports it done, or the worker failed."""
         ref = self._actors[worker_id].render.remote(batch)
         self._pending[ref] = _Call(worker_id, incarnation)

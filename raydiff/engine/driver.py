@@ -64,7 +64,7 @@ class Driver:
         self._num_equal_waiting = 0
         """Rows beyond the first of each request: the scheduler bounds the number of requests."""
         self._num_read = 0
-        self._signals = _Signals()
+        self._signals = Signals()
         self._workers: dict[str, WorkerInfo] = {}
         self._rows_by_worker: Counter[str] = Counter()
         self._failed_incarnations: dict[str, int] = {}
@@ -233,7 +233,7 @@ def _final_state(error: RaydiffError | None, is_interrupted: bool) -> State:
     return "interrupted" if is_interrupted else "finished"
 
 
-class _Signals:
+class Signals:
     """Counts SIGINT and SIGTERM while it is entered; the third SIGINT is Python's own again."""
 
     def __init__(self) -> None:

@@ -152,7 +152,7 @@ class Worker:
         """
         writes: list[Future[list[RenderResult]]] = []
         passes = deque([batch.requests])
-        limit = _attempt(self._limit, batch)
+        limit = attempt(self._limit, batch)
         if isinstance(limit, Failure):
             return [_done([self._failed(request, limit) for request in batch.requests])]
         while passes:
@@ -161,7 +161,7 @@ class Worker:
             if len(requests) > limit:
                 passes.appendleft(requests[limit:])
                 requests = requests[:limit]
-            outcome = _attempt(self._renderer.render, requests)
+            outcome = attempt(self._renderer.render, requests)
             if isinstance(outcome, RenderedBatch):
                 writes.extend(self._start_writes(requests, outcome))
             elif len(requests) == 1:
@@ -198,7 +198,7 @@ class Worker:
         self, requests: Sequence[RenderRequest], rendered: RenderedBatch, row: int
     ) -> RenderResult:
         request = requests[row]
-        written = _attempt(self._writer.write, request, rendered.pixels[row])
+        written = attempt(self._writer.write, request, rendered.pixels[row])
         if isinstance(written, Failure):
             return self._failed(request, written)
         return RenderResult(
@@ -241,7 +241,7 @@ class Failure(NamedTuple):
     is_out_of_memory: bool
 
 
-def _attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Failure:
+def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Failure:
     """Call, and turn any error into a Failure, except one that the whole worker shares.
 
     This is the one place where every exception is caught: a failed request becomes a result.

@@ -37,6 +37,7 @@ from raydiff.output.part_files import (
 )
 from raydiff.output.recovery import drop_rows, recover_parts, set_aside
 from raydiff.output.run_file import check_is_run
+from raydiff.output.scores import join_scores
 from raydiff.output.sorted_index import SortedIndex
 from raydiff.request import ManifestRow, RenderResult, Status
 
@@ -254,13 +255,19 @@ class Ledger:
         return self._row_groups[key]
 
 
-def read_results(out_dir: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_results(
+    out_dir: str | Path, columns: Sequence[str] | None = None, *, scores: bool = False
+) -> pa.Table:
     """Return the metadata of a run, finished or not, sorted by row_index and image_index.
 
     Some columns take less memory than all; row_index and image_index always come first then.
+    With `scores`, the columns that `raydiff score` made come last, request_id being read too.
     Raises OutputError if `out_dir` is not a run. A damaged part is left out, with a warning.
     """
     check_is_run(out_dir)
+    if scores:
+        wanted = None if columns is None else ["request_id", *columns]
+        return join_scores(read_results(out_dir, wanted), out_dir)
     empty = metadata_schema(pa.schema([])).empty_table()
     if columns is not None:
         columns = list(dict.fromkeys([*ROW_COLUMNS, *columns]))

@@ -1,0 +1,92 @@
+"""A worker that scores: it reads a run's files and calls the hook for each, in one thread."""
+
+import asyncio
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydiff.engine.hook import find_hook, make_hook
+from raydiff.engine.worker import Failure, WorkerInfo, attempt
+from raydiff.errors import ConfigError, RowError
+from raydiff.output.frames import is_video, media_path, read_image
+from raydiff.output.scores import FileScore, Value, columns_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreSpec:
+    """What a worker is built from; the same for every worker."""
+
+    out: str
+    name: str
+    hook: str
+    arguments: dict[str, Any]
+    import_dir: str
+    environ: dict[str, str] = field(default_factory=dict)
+    """Environment variables to set before the hook is imported."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreBatch:
+    """Metadata rows whose files one call scores."""
+
+    rows: tuple[dict[str, Any], ...]
+    num_crashes: int = 0
+    """Workers that died of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreReply:
+    """A score, or an error, for each row of a batch."""
+
+    scores: list[FileScore]
+
+
+class ScoreWorker:
+    """Makes its hook once and keeps it."""
+
+    def __init__(self, worker_id: str, spec: ScoreSpec) -> None:
+        os.environ.update(spec.environ)
+        self._spec = spec
+        self._out_dir = Path(spec.out)
+        # One thread: a model made in it is called from it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
+
+    async def start(self) -> WorkerInfo:
+        """Import and make the hook. Raises ConfigError if that fails: it would fail again."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._start_hook)
+        return WorkerInfo(node=platform.node(), device="", pid=os.getpid())
+
+    async def render(self, batch: ScoreBatch) -> ScoreReply:
+        """Score a batch; a file or a call that fails costs the others nothing."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._score_batch, batch)
+
+    def _start_hook(self) -> None:
+        spec = self._spec
+        found = find_hook(spec.hook, spec.arguments, spec.import_dir)
+        hook = attempt(make_hook, spec.hook, found, spec.arguments)
+        if isinstance(hook, Failure):
+            raise ConfigError(f"--with {spec.hook}: it could not be made: {hook.message}")
+        self._hook = hook
+
+    def _score_batch(self, batch: ScoreBatch) -> ScoreReply:
+        return ScoreReply(scores=[self._score(row) for row in batch.rows])
+
+    def _score(self, row: dict[str, Any]) -> FileScore:
+        values = attempt(self._values, row)
+        if isinstance(values, Failure):
+            message = values.message.encode("utf-8", "backslashreplace").decode("utf-8")
+            return FileScore(request_id=row["request_id"], error=message)
+        return FileScore(request_id=row["request_id"], values=values)
+
+    def _values(self, row: dict[str, Any]) -> dict[str, Value]:
+        if is_video(row["file_name"]):
+            raise RowError("a video; hooks score images")
+        image = read_image(media_path(self._out_dir, row["file_name"]))
+        pixels = np.array(image, dtype=np.uint8)  # (H, W, 3)
+        return columns_of(self._spec.name, self._hook(pixels, row))
