@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,13 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-import raydiff
+from raydiff.cli.options import run_config
+from raydiff.cli.render import render
+from raydiff.engine.known_models import known_models
+from raydiff.engine.plan import open_rows
+from raydiff.manifest.rows import read_rows
 from raydiff.output.gallery.build import Gallery
 from raydiff.output.lock import RunLock
+from raydiff.request import RenderRequest
 from tests.gallery_run import (
     image_bytes,
     picture,
@@ -45,6 +49,7 @@ CHROMIUM_OPTIONS = (
     "--disable-sync",
 )
 NUM_MANY = 100_000
+NOT_FINITE = [float("nan"), float("inf"), -1.5, None]
 ATTACK = """<script>document.title = "owned"</script><img src=x onerror="document.title='owned'">"""
 HOSTILE = {
     "attack": ATTACK,
@@ -111,6 +116,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for scale in (3.0, 5.0, 7.5)
         for seed in (10, 11, 12, 100)
     ]
+    for number, row in enumerate(rows):  # a float, and integers beyond a float's exactness
+        row |= {"score": NOT_FINITE[number % 4], "constructor": 2**62 + number % 3}
     rows[1] |= {"status": "failed", "error": "OutOfMemoryError: it did not fit", "file_name": None}
     write_rows(out, rows)
     for number in set(range(len(rows))) - {1, 2}:
@@ -276,6 +283,23 @@ def test_filters_of_every_kind_work_together(open_page: Callable[..., Page], swe
     expect(page.locator("#empty")).to_contain_text("Nothing passes")
     page.locator("#empty button").click()
     expect(page.locator("#summary")).to_have_text("48 results · 1 failed")
+    choose(page, "score", "NaN", "none")
+    expect(page.locator("#summary")).to_contain_text("24 of 48")
+    page.locator('.chip[data-column="score"]').click()
+    page.fill('[aria-label="score from"]', "-2")
+    expect(page.locator("#summary")).to_contain_text("24 of 48")
+    assert shown_rows(page)[:4] == [1, 2, 5, 6]
+    page.select_option("#sort", "score")
+    assert shown_rows(page)[:4] == [2, 6, 10, 14]
+    page.locator('.chip[data-column="score"]').click()
+    page.locator('.filter[data-column="constructor"] summary').click()
+    page.fill('[aria-label="constructor from"]', str(2**62 + 2))
+    expect(page.locator("#summary")).to_contain_text("16 of 48")
+    page.select_option("#sort", "constructor")
+    expect(page.locator(".cell").nth(0)).to_have_attribute("data-row", "2")
+    page.fill('[aria-label="constructor from"]', "2.5")
+    expect(page.locator("#summary")).to_contain_text("48 results")
+    page.locator('.chip[data-column="constructor"]').click()
     choose(page, "my tag", "y")
     page.select_option("#sort", "guidance_scale")
     expect(page.locator("#summary")).to_contain_text("24 of 48")
@@ -352,7 +376,7 @@ def test_comparison_keeps_zoom_and_place_in_step(
     page.keyboard.press("0")
     assert len(transforms(page) - {"matrix(1, 0, 0, 1, 0, 0)"}) == 0
     names = page.locator(".differences tbody th").all_text_contents()
-    assert names == ["seed", "guidance_scale"]
+    assert names == ["seed", "guidance_scale", "score", "constructor"]
     page.keyboard.press("Escape")
     expect(page.locator("#compare")).not_to_be_visible()
     page.keyboard.press("ArrowRight")  # the keys are the grid's again
@@ -540,61 +564,67 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
         time.sleep(0.05)
 
 
-def test_what_is_copied_makes_the_same_image_again(
-    open_page: Callable[..., Page], tiny_sd21: Path, tmp_path: Path
+def test_what_is_copied_asks_for_the_same_image_again(
+    open_page: Callable[..., Page], tiny_sd21: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "init.png").write_bytes(image_bytes(picture(5)))
     rows = [
         {"prompt": HOSTILE["quotes"], "negative_prompt": "b: 'c' \u2028 # \x7f", "seed": 2**62 + 1},
+        {"prompt": "-x", "guidance_scale": 2.5, "sampler": "lms", "height": 72, "seed": 0},
         {"prompt": "nul \0 and é", "init_image": "init.png", "strength": 0.5, "seed": 3},
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([
         ("prompt", pa.string()), ("negative_prompt", pa.string()), ("seed", pa.int64()),
+        ("guidance_scale", pa.float64()), ("sampler", pa.string()), ("height", pa.int32()),
         ("init_image", pa.string()), ("strength", pa.float64()),
-    ])), tmp_path / "manifest.parquet")  # fmt: skip
-    steps = ("--set", "defaults.num_inference_steps=2")
-    raydiff_command(
-        "render", "manifest.parquet", "--model", tiny_sd21, "--out", "out", *steps, cwd=tmp_path
-    )
-    raydiff_command("gallery", "out", "--to", "site", cwd=tmp_path)
-    results = raydiff.read_results(tmp_path / "out").to_pylist()
+    ])), "manifest.parquet")  # fmt: skip
+    asked = requests_of(["manifest.parquet", "--model", str(tiny_sd21)])
+    out = write_rows(tmp_path / "out", [{**asdict(one), "file_name": "gone.png"} for one in asked])
+    Gallery(out, tmp_path / "site").refresh()
 
     page = open_page(tmp_path / "site" / "index.html")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    commands = []
-    for number, result in enumerate(results):
+    for number, request in enumerate(asked):
         page.click(f'.cell[data-row="{number}"]')
         page.click('[data-copy="row"]')
         expect(page.locator("#toast")).to_have_text("Manifest row copied")
         row = json.loads(page.evaluate("navigator.clipboard.readText()"))
-        assert (
-            row.items()
-            <= {key: value for key, value in result.items() if value is not None}.items()
-        )
-        assert row["seed"] == rows[number]["seed"]
+        pq.write_table(pa.Table.from_pylist([row]), "again.parquet")
+        assert requests_of(["again.parquet", "--model", str(tiny_sd21)]) == [request]
         page.click('[data-copy="command"]')
         expect(page.locator("#toast")).to_have_text("Command copied")
-        commands.append(page.evaluate("navigator.clipboard.readText()"))
+        arguments = what_bash_runs(page.evaluate("navigator.clipboard.readText()"), tmp_path)
+        assert arguments[0] == "render"
+        again = requests_of(arguments[1:])
+        assert [one.request_id for one in again] == [request.request_id]
         page.keyboard.press("Escape")
-    bin_dir = Path(sys.executable).parent
-    environ = os.environ | {"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
-    running = [
-        subprocess.Popen(
-            ["bash", "-c", command], cwd=tmp_path, env=environ, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for command in commands
-    ]  # fmt: skip
-    for result, run in zip(results, running, strict=True):
-        output, _ = run.communicate(timeout=300)
-        assert run.returncode == 0, output
-        again = tmp_path / f"again-{result['request_id'][:8]}" / result["file_name"]
-        first, second = pixels(tmp_path / "out" / result["file_name"]), pixels(again)
-        assert first.std() > 5
-        assert np.abs(first - second).max() <= 1  # the first were rendered in one batch
     assert not (tmp_path / "owned").exists()
 
 
-def pixels(path: Path) -> NDArray[np.int16]:
-    with Image.open(path) as image:
-        return np.asarray(image).astype(np.int16)  # (H, W, 3)
+def requests_of(arguments: list[str]) -> list[RenderRequest]:
+    """Return what `raydiff render` with these arguments would render."""
+    with render.make_context("render", arguments) as context:
+        names = ("strip_metadata", "is_json")
+        options = {key: value for key, value in context.params.items() if key not in names}
+        config = run_config(**options)
+    rows = list(read_rows(open_rows(config), config=config, models=known_models(config.model)))
+    assert [row.error for row in rows] == [None] * len(rows)
+    return [row.request for row in rows if row.request is not None]
+
+
+def what_bash_runs(command: str, folder: Path) -> list[str]:
+    """Run a command with a `raydiff` that writes down its arguments, and return them."""
+    bin_dir = folder / "bin"
+    bin_dir.mkdir(exist_ok=True)
+    code = "import json, sys; json.dump(sys.argv[1:], open('arguments.json', 'w'))"
+    (bin_dir / "raydiff").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    (bin_dir / "raydiff").chmod(0o755)
+    path = os.pathsep.join([str(bin_dir), str(Path(sys.executable).parent), os.environ["PATH"]])
+    run = subprocess.run(
+        ["bash", "-euc", command], cwd=folder, env=os.environ | {"PATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    arguments: list[str] = json.loads((folder / "arguments.json").read_text("utf-8"))
+    return arguments

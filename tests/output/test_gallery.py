@@ -40,12 +40,13 @@ def read_script(path: Path) -> dict[str, Any]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that a page would show, thumbnail problems under ""."""
+    """Return the rows that a page would show, what is wrong with their files under "flaw"."""
     status = read_script(folder / "data" / "status.js")
     rows = []
     for name in status["chunks"]:
         chunk = read_script(folder / "data" / name)
-        columns = {key: list(cells(one, chunk["rows"])) for key, one in chunk["columns"].items()}
+        every = {**chunk["columns"], "flaw": chunk["flaws"]}
+        columns = {key: cells(one, chunk["rows"]) for key, one in every.items()}
         rows += [
             dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
         ]
@@ -83,7 +84,7 @@ def test_the_page_gets_every_value_exactly(tmp_path: Path) -> None:
     assert [row["seed"] for row in shown] == [str(2**63 - 1), 2**53 - 1, 0, 7]
     assert [row["note"] for row in shown] == [None, 0.1, "-Infinity", None]
     assert [row["error"] for row in shown] == [None, None, None, "row 3: no prompt"]
-    assert [row[""] for row in shown] == [None] * 4
+    assert [row["flaw"] for row in shown] == [None] * 4
     status = read_script(out / "gallery" / "data" / "status.js")
     described = {column["name"]: column for column in status["columns"]}
     assert described["status"]["choices"] == [["completed", 3], ["failed", 1]]
@@ -129,7 +130,7 @@ def test_columns_of_every_type_become_plain() -> None:
     }
     assert all(plain[name][1].as_py() is None for name in plain.column_names)
     assert (kinds["tags"], kinds["flag"], kinds["half"]) == ("json", "boolean", "number")
-    name, script = chunk_script(plain)
+    name, script = chunk_script(plain, pa.nulls(2))
     assert script.startswith(f"receiveChunk('{name}',".encode())
     described = {one["name"]: one for one in describe_columns(plain, kinds)}
     assert described["big"]["choices"] == [(str(2**64 - 1), 1), (None, 1)]
@@ -179,14 +180,14 @@ def test_missing_and_broken_files_are_told_and_tried_again(tmp_path: Path) -> No
     found = Gallery(out).refresh()
     assert found.num_made == 1
     assert [problem.split(":")[0] for problem in found.problems] == [names[n] for n in (0, 2, 3, 4)]
-    flaws = [row[""] for row in read_rows(out / "gallery")]
+    flaws = [row["flaw"] for row in read_rows(out / "gallery")]
     assert flaws[0] == "the file is missing"
     assert flaws[1] is None
     assert "truncated" in flaws[2]
     assert flaws[3] == flaws[4] == "the file is not an image"
     put(out, names[0], whole)
     assert Gallery(out).refresh().num_made == 1
-    assert read_rows(out / "gallery")[0][""] is None
+    assert read_rows(out / "gallery")[0]["flaw"] is None
 
 
 @pytest.mark.parametrize("file_name", ["../secret.png", "/etc/hosts", "images/../../secret.png"])
@@ -267,9 +268,9 @@ def test_thumbnails_that_take_too_long_come_next_time(tmp_path: Path) -> None:
     gallery = Gallery(out)
     first = gallery.refresh(thumbnails_s=0.0)
     assert first.num_pending == 300 - first.num_made
-    assert sum(row[""] == "" for row in read_rows(out / "gallery")) == first.num_pending > 0
+    assert sum(row["flaw"] == "" for row in read_rows(out / "gallery")) == first.num_pending > 0
     assert gallery.refresh().num_pending == 0
-    assert all(row[""] is None for row in read_rows(out / "gallery"))
+    assert all(row["flaw"] is None for row in read_rows(out / "gallery"))
 
 
 def test_nothing_temporary_is_left(tmp_path: Path) -> None:

@@ -159,14 +159,13 @@ class Gallery:
         self._data.mkdir(exist_ok=True)
         plain, kinds = plain_columns(table)
         columns = describe_columns(plain, kinds)
-        flaws = pa.array(
-            [problems.get(one) for one in table["request_id"].to_pylist()], pa.string()
-        )
-        plain = plain.append_column("", flaws)
+        request_ids = table["request_id"].to_pylist()
+        flaws = pa.array([problems.get(one) for one in request_ids], pa.string())
         known = {path.name for path in self._data.iterdir()}
         names = []
         for start in range(0, table.num_rows, CHUNK_ROWS):
-            name, script = chunk_script(plain.slice(start, CHUNK_ROWS))
+            rows = slice(start, start + CHUNK_ROWS)
+            name, script = chunk_script(plain[rows], flaws[rows])
             if name not in known:
                 replace_file(self._data / name, script, is_durable=False)
             names.append(name)

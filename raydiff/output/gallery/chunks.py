@@ -7,7 +7,7 @@ its content, so an unchanged chunk keeps its name and a browser never takes an o
 import hashlib
 import json
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,8 +28,7 @@ MAX_EXACT = 2**53 - 1
 NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 """What JSON has no number for, as JavaScript reads it from text."""
 
-Kind = str
-"""text, integer, number, boolean or json."""
+Kind = Literal["text", "integer", "number", "boolean", "json"]
 
 
 def plain_columns(table: pa.Table) -> tuple[pa.Table, dict[str, Kind]]:
@@ -51,10 +50,13 @@ def describe_columns(table: pa.Table, kinds: dict[str, Kind]) -> list[dict[str, 
     return [_describe(name, table[name], kinds[name]) for name in table.column_names]
 
 
-def chunk_script(table: pa.Table) -> tuple[str, bytes]:
-    """Return the file name and content of the script that holds the rows of a plain table."""
+def chunk_script(table: pa.Table, flaws: pa.Array) -> tuple[str, bytes]:
+    """Return the file name and content of the script that holds the rows of a plain table.
+
+    `flaws` says why a row's file has no thumbnail, null where it has one or needs none.
+    """
     columns = {name: _encoded(table[name].combine_chunks()) for name in table.column_names}
-    text = dumps({"rows": table.num_rows, "columns": columns})
+    text = dumps({"rows": table.num_rows, "columns": columns, "flaws": _encoded(flaws)})
     name = f"{hashlib.blake2b(text.encode(), digest_size=10).hexdigest()}.js"
     return name, call_script("receiveChunk", name, text)
 

@@ -90,6 +90,6 @@ class Compare {
     this.stage?.close();
     this.stage = null;
     this.dialog.replaceChildren();
-    this.gallery.focusGrid();
+    this.gallery.dialogClosed();
   }
 }

@@ -26,6 +26,7 @@ class FilterPanel {
   redraw() {
     const {store} = this.gallery;
     const columns = [...store.columns.values()];
+    const {scrollTop} = this.panel;
     this.panel.replaceChildren(
       make(
         "div", {class: "panel-head"}, make("h2", {}, "Filters"),
@@ -39,6 +40,7 @@ class FilterPanel {
         return [make("h3", {}, title), ...mine.map((column) => this.drawColumn(column))];
       }),
     );
+    this.panel.scrollTop = scrollTop;
     this.drawChips();
   }
 
@@ -102,7 +104,7 @@ class FilterPanel {
       return field;
     });
     const apply = debounced(() => {
-      const ends = [low, high].map((field) => readNumber(field));
+      const ends = [low, high].map((field) => readField(field));
       if (ends.includes(undefined)) return;
       const isOpen = ends[0] === null && ends[1] === null;
       this.gallery.setFilter(column.name, isOpen ? null : {type: "range", low: ends[0], high: ends[1]});
@@ -158,7 +160,7 @@ function isLong(column) {
 }
 
 /* Return the number in a field, null if it is empty, undefined (and marked) if it is none. */
-function readNumber(field) {
+function readField(field) {
   const text = field.value.trim().replace(",", ".");
   const isInteger = /^[+-]?\d+$/.test(text);
   const value = text === "" ? null

@@ -34,6 +34,7 @@ class Gallery {
       onRows: () => this.showRows(),
       onStatus: () => this.showStatus(),
       onProblem: (text) => this.showProblem(text),
+      isBusy: () => document.querySelector("dialog[open]") !== null,
     });
     this.scroller = byId("scroller");
     this.grid = new VirtualGrid(this.scroller, byId("spacer"), {
@@ -331,6 +332,11 @@ class Gallery {
 
   focusGrid() {
     this.scroller.focus({preventScroll: true});
+  }
+
+  dialogClosed() {
+    this.focusGrid();
+    this.store.advance();
   }
 
   openCurrent() {

@@ -11,8 +11,8 @@ function filterTest(filter) {
   }
   const {low, high} = filter;
   return (value) =>
-    value !== null && !(low !== null && compareValues(value, low) < 0)
-    && !(high !== null && compareValues(value, high) > 0);
+    value !== null && !Number.isNaN(value) && !(low !== null && compareNumbers(value, low) < 0)
+    && !(high !== null && compareNumbers(value, high) > 0);
 }
 
 /* Return the rows that pass every filter ({column: filter}), in the run's order. */
@@ -43,33 +43,24 @@ function maskColumn(mask, cells, test) {
   } else if (!test(cells ? cells.constant : null)) mask.fill(0);
 }
 
-/* Order two values of one column: numbers, integers beyond 2^53 as text of digits, text; null
-   and NaN come last. */
-function compareValues(a, b) {
+/* Order two numbers: integers beyond 2^53 are text of digits; null and NaN come last. */
+function compareNumbers(a, b) {
   const isLastA = a === null || Number.isNaN(a);
   const isLastB = b === null || Number.isNaN(b);
   if (isLastA || isLastB) return isLastA - isLastB;
-  if (typeof a === typeof b && typeof a !== "string") return a - b;
-  if (typeof a !== typeof b || (/^-?\d{16,}$/.test(a) && /^-?\d{16,}$/.test(b))) {
-    return a === b ? 0 : BigInt(a) < BigInt(b) ? -1 : 1;
-  }
-  return a < b ? -1 : a > b ? 1 : 0;
-}
-
-function compareIntegers(a, b) {
-  if (a === null || b === null) return (a === null) - (b === null);
-  if (typeof a === "number" && typeof b === "number") return a - b;
+  const isExact = [a, b].every((one) => typeof one === "string" || Number.isInteger(one));
+  if (!isExact || (typeof a === "number" && typeof b === "number")) return Number(a) - Number(b);
   const [bigA, bigB] = [BigInt(a), BigInt(b)];
   return bigA < bigB ? -1 : bigA > bigB ? 1 : 0;
 }
 
+function compareTexts(a, b) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  return a < b ? -1 : a > b ? 1 : 0;
+}
+
 function comparison(column) {
-  if (column.kind === "integer") return compareIntegers;
-  if (column.kind === "number") return compareValues;
-  return (a, b) => {
-    if (a === null || b === null) return (a === null) - (b === null);
-    return a < b ? -1 : a > b ? 1 : 0;
-  };
+  return column.kind === "integer" || column.kind === "number" ? compareNumbers : compareTexts;
 }
 
 /* Return rows sorted by a column, nulls last in both directions, equals in the run's order. */
@@ -82,7 +73,8 @@ function sortedRows(store, rows, name, isDescending) {
   const sign = isDescending ? -1 : 1;
   return Uint32Array.from(rows).sort((a, b) => {
     const [x, y] = [values[a], values[b]];
-    if (x === null || y === null) return (x === null) - (y === null) || a - b;
+    const isLast = (value) => value === null || Number.isNaN(value);
+    if (isLast(x) || isLast(y)) return isLast(x) - isLast(y) || a - b;
     return sign * compare(x, y) || a - b;
   });
 }

@@ -7,7 +7,8 @@ const RETRY_MS = 2000;
 const SHOW_MS = 250; // between two states of a page that is still loading
 
 class Store {
-  constructor({onRows, onStatus, onProblem}) {
+  /* A page that has something open (isBusy) keeps its rows until it calls `advance`. */
+  constructor({onRows, onStatus, onProblem, isBusy}) {
     this.status = null;
     this.columns = new Map(); // name → {name, kind, group, num_distinct, num_null, choices | low, high}
     this.shown = []; // chunks, in order
@@ -15,7 +16,7 @@ class Store {
     this.shownAt = 0;
     this.known = new Map(); // file name → chunk
     this.next = null; // the status whose chunks are on their way
-    this.on = {onRows, onStatus, onProblem};
+    this.on = {onRows, onStatus, onProblem, isBusy};
   }
 
   get isComplete() {
@@ -25,12 +26,21 @@ class Store {
   askForStatus() {
     addScript(`${DATA}status.js?at=${Date.now()}`, () => {
       this.on.onProblem("data/status.js cannot be loaded. Run `raydiff gallery` again.");
+      if (this.status?.refresh_s) this.askLater(RETRY_MS);
     });
+  }
+
+  askLater(delayMs) {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.askForStatus(), delayMs);
   }
 
   takeStatus(status) {
     clearTimeout(this.timer);
-    if (status.refresh_s) this.timer = setTimeout(() => this.askForStatus(), status.refresh_s * 1000);
+    if (status.refresh_s) this.askLater(status.refresh_s * 1000);
+    for (const {kind, choices} of status.columns) {
+      if (kind === "number") for (const choice of choices ?? []) choice[0] = readNumber(choice[0]);
+    }
     const asked = new Set(this.next ? this.next.chunks : []);
     this.next = status;
     for (const name of status.chunks) {
@@ -39,8 +49,7 @@ class Store {
           // It was replaced by a newer one between our reading of the status and now.
           this.on.onProblem(`data/${name} cannot be loaded; trying again.`);
           this.next = null;
-          clearTimeout(this.timer);
-          this.timer = setTimeout(() => this.askForStatus(), RETRY_MS);
+          this.askLater(RETRY_MS);
         });
       }
     }
@@ -50,7 +59,9 @@ class Store {
   takeChunk(name, chunk) {
     for (const [column, cells] of Object.entries(chunk.columns)) {
       const kind = this.next?.columns.find((one) => one.name === column)?.kind;
-      if (kind === "number") readNumbers(cells);
+      if (kind !== "number") continue;
+      if (cells.values) cells.values = cells.values.map(readNumber);
+      else cells.constant = readNumber(cells.constant);
     }
     this.known.set(name, chunk);
     this.advance();
@@ -58,7 +69,7 @@ class Store {
 
   /* Show what has arrived: at first every chunk as it comes, later only a whole new state. */
   advance() {
-    if (!this.next) return;
+    if (!this.next || (this.isSettled && this.on.isBusy())) return;
     const arrived = [];
     for (const name of this.next.chunks) {
       if (!this.known.has(name)) break;
@@ -97,7 +108,8 @@ class Store {
 
   /* Null, or why there is no thumbnail: "" is "not made yet". */
   flaw(row) {
-    return this.value("", row);
+    const chunk = this.shown[Math.floor(row / this.status.chunk_rows)];
+    return cellOf(chunk.flaws, row % this.status.chunk_rows);
   }
 
   fileUrl(row) {
@@ -139,11 +151,8 @@ function cellOf(cells, index) {
 }
 
 /* NaN and the infinities travel as text. */
-function readNumbers(cells) {
-  const read = (value) => (typeof value === "string" ? Number(value) : value);
-  if (cells.values) {
-    if (cells.values.some((value) => typeof value === "string")) cells.values = cells.values.map(read);
-  } else cells.constant = read(cells.constant);
+function readNumber(value) {
+  return typeof value === "string" ? Number(value) : value;
 }
 
 function addScript(url, onError) {
@@ -158,15 +167,15 @@ function addScript(url, onError) {
   document.head.append(script);
 }
 
-const LABELS = {
-  num_inference_steps: "steps",
-  guidance_scale: "guidance",
-  guidance_rescale: "rescale",
-  negative_prompt: "negative",
-};
+const LABELS = new Map([
+  ["num_inference_steps", "steps"],
+  ["guidance_scale", "guidance"],
+  ["guidance_rescale", "rescale"],
+  ["negative_prompt", "negative"],
+]);
 
 function shortName(name) {
-  return LABELS[name] ?? name;
+  return LABELS.get(name) ?? name;
 }
 
 /* A value as people read it. */

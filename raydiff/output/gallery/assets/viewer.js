@@ -126,6 +126,6 @@ class Viewer {
     this.stage?.close();
     this.stage = null;
     this.dialog.replaceChildren();
-    this.gallery.focusGrid();
+    this.gallery.dialogClosed();
   }
 }
