@@ -32,7 +32,7 @@ from raydiff.output.query import open_results
 from raydiff.output.run_file import check_is_run
 from raydiff.output.scores import NAME, FileScore, ScoreTable, score_names
 
-MAX_BATCH_SIZE = 32
+MAX_BATCH_SIZE = 16
 BATCHES_PER_WORKER = 4
 """A small run is cut into batches so that each worker gets some."""
 MAX_WORKERS = 8
