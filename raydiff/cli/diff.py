@@ -20,8 +20,8 @@ MAX_THREADS = 8
 
 
 @click.command()
-@click.argument("out1")
-@click.argument("out2")
+@click.argument("out1", type=click.Path())
+@click.argument("out2", type=click.Path())
 @click.option(
     "--on",
     default="request_id",

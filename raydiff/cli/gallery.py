@@ -13,7 +13,7 @@ MAX_PROBLEMS = 20
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.option(
     "--to", "folder", metavar="FOLDER", help="Where to write it; the default is OUT/gallery."
 )

@@ -15,7 +15,7 @@ JOB_FILE_SUFFIXES = (".yaml", ".yml")
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what says which rows, which model and how."""
     options = [
-        click.argument("source", required=False),
+        click.argument("source", type=click.Path(), required=False),
         click.option(
             "--prompt", "prompts", multiple=True, metavar="TEXT", help="Render TEXT; repeatable."
         ),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.argument("sql")
 @click.option(
     "--format",

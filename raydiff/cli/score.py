@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.option(
     "--with", "hook", required=True, metavar="MODULE:FUNCTION", help="What is called for each file."
 )

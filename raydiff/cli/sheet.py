@@ -17,7 +17,7 @@ MAX_THREADS = 8
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.option("--x", metavar="COLUMN", help="Metadata column whose values go from left to right.")
 @click.option("--y", metavar="COLUMN", help="Column whose values go from top to bottom.")
 @click.option("--z", metavar="COLUMN", help="Column with a page, or pages, for each value.")

@@ -4,7 +4,7 @@ import click
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def status(out: str, is_json: bool) -> None:
     """Show how far the run in OUT is: rows, rate, ETA, workers.

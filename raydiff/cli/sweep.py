@@ -13,7 +13,7 @@ PREVIEW_ROWS = 3
 
 
 @click.command()
-@click.argument("source", required=False)
+@click.argument("source", type=click.Path(), required=False)
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Instead of SOURCE.")
 @click.option(
     "--template",

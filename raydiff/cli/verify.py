@@ -8,7 +8,7 @@ import click
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object per problem.")
 def verify(out: str, is_json: bool) -> None:
     """Check that every completed row of OUT has its file, with the size and sha256 it had.

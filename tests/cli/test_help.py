@@ -112,6 +112,8 @@ def test_commands_options_and_choices_are_completed() -> None:
     assert complete("render", "--mo") == ["--model"]
     assert "gpu_poor" in complete("render", "--profile", "gpu")
     assert complete("models", "make") == ["make-tiny"]
+    for name in ("render", "status", "score", "diff", "sheet"):
+        assert complete(name, "ren") == ["ren"]  # a path, which the shell itself completes
     assert complete("models", "make-tiny", "sd") == ["sd21", "sdxl"]
 
 
