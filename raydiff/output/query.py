@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from raydiff.output.ledger import FINAL_ROWS, later_doubles, read_results_schema
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.part_files import Part, list_parts, read_columns
 from raydiff.output.run_file import check_is_run
+from raydiff.output.scores import read_scores, score_names
 
 TABLE = "results"
 DUCKDB_SETTINGS = {
@@ -46,7 +48,7 @@ def query_results(out_dir: str | Path, sql: str) -> Iterator[pa.RecordBatchReade
     check_is_run(out_dir)
     connection = duckdb.connect(":memory:", config=DUCKDB_SETTINGS)
     try:
-        connection.register(TABLE, open_results(out_dir))
+        _register(connection, Path(out_dir))
         for setting in LOCKED_SETTINGS:
             connection.execute(setting)
         relation = connection.sql(sql)
@@ -59,6 +61,28 @@ def query_results(out_dir: str | Path, sql: str) -> Iterator[pa.RecordBatchReade
         raise ConfigError(_one_line(str(error))) from None
     finally:
         connection.close()
+
+
+def _register(connection: Any, out_dir: Path) -> None:
+    """Give the query its table: the metadata, and the columns of the scores there are."""
+    names = score_names(out_dir)
+    if not names:
+        connection.register(TABLE, open_results(out_dir))
+        return
+    connection.register("rows_without_scores", open_results(out_dir))
+    columns, joins = ["rows_without_scores.*"], []
+    for name in names:
+        scores = read_scores(out_dir, name)
+        connection.register(f"score_{name}", scores)
+        columns += [f'"score_{name}"."{column}"' for column in scores.column_names[1:]]
+        joins.append(
+            f'LEFT JOIN "score_{name}" '
+            f'ON rows_without_scores.request_id = "score_{name}".request_id'
+        )
+    connection.execute(
+        f"CREATE VIEW {TABLE} AS SELECT {', '.join(columns)} "
+        f"FROM rows_without_scores {' '.join(joins)}"
+    )
 
 
 def open_results(out_dir: str | Path) -> ds.Dataset:

@@ -9,8 +9,10 @@ import pytest
 
 from raydiff.errors import ConfigError, OutputError, RowError
 from raydiff.output import scores
+from raydiff.output.gallery.build import Gallery
 from raydiff.output.keys import request_key
 from raydiff.output.ledger import read_results
+from raydiff.output.query import query_results
 from raydiff.output.scores import FileScore, ScoreTable, columns_of, read_scores, score_names
 from tests.output.generated_runs import write_run
 
@@ -185,3 +187,16 @@ def test_what_a_hook_may_return(returned: Any, columns: dict[str, Any]) -> None:
 def test_what_a_hook_may_not_return(returned: Any, message: str) -> None:
     with pytest.raises(RowError, match=message):
         columns_of("s", returned)
+
+
+def test_scores_are_columns_of_queries_and_of_the_gallery(out: Path) -> None:
+    with opened(out, "bright") as table:
+        for place, request_id in enumerate(ids(out)[:3]):
+            add(table, request_id, bright=place / 2)
+        table.commit()
+    with query_results(out, "SELECT seed, bright FROM results ORDER BY row_index") as reader:
+        rows = reader.read_all().to_pylist()
+    assert [row["bright"] for row in rows] == [0.0, 0.5, 1.0, None, None, None, None]
+    assert [row["seed"] for row in rows[:3]] == [0, 1, 2]
+    Gallery(out).refresh()
+    assert "bright" in (out / "gallery" / "data" / "status.js").read_text()

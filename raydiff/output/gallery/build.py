@@ -90,7 +90,7 @@ class Gallery:
         Raises OutputError, DiskError.
         """
         progress = read_progress(self._out_dir)
-        table = read_results(self._out_dir)
+        table = read_results(self._out_dir, scores=True)
         num_made = self._thumbnails.num_made
         names = _file_names(table)
         problems = self._thumbnails.make(
