@@ -1,11 +1,13 @@
 """The metadata table as the driver keeps it: which rows have ended, and what became of each
 request. A row has ended when its metadata is committed; nothing else counts."""
 
+import ctypes
 import time
 import warnings
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +160,7 @@ class Ledger:
         self._pending_results.clear()
         while group := self._parts_to_merge():
             self._merge(group)
-        # Arrow keeps what a merge has freed: 30 MB that a run of days would carry along.
-        pa.default_memory_pool().release_unused()
+        _give_back_memory()
         return len(rows)
 
     def _next_path(self) -> Path:
@@ -253,6 +254,14 @@ class Ledger:
         if len(self._row_groups) > NUM_CACHED_ROW_GROUPS:
             self._row_groups.popitem(last=False)
         return self._row_groups[key]
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system: Arrow keeps what a merge has used, glibc what sorting the
+    index has, and a run of days would carry both along."""
+    pa.default_memory_pool().release_unused()
+    with suppress(AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_results(
