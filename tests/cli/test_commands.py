@@ -1,10 +1,8 @@
 """The commands as a user calls them: good rows beside bad ones, bad input, exit statuses."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,7 @@ from PIL import Image
 
 import raydiff
 from raydiff.output.media import read_image_metadata
-
-
-def cli(*arguments: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run raydiff in a folder and check its exit status."""
-    run = subprocess.run(
-        [sys.executable, "-m", "raydiff", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    assert run.returncode == status, run.stdout + run.stderr
-    assert "Traceback" not in run.stderr
-    return run
+from tests.cli.command import cli
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from PIL import Image
 import raydiff
 from raydiff.engine.score_worker import ScoreSpec, ScoreWorker
 from raydiff.errors import ConfigError
+from tests.cli.command import cli
 
 HOOKS = """
 import os
@@ -74,22 +73,6 @@ def folder(tiny_sd21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--set", "defaults.num_inference_steps=1", cwd=folder, status=1,
     )  # fmt: skip
     return folder
-
-
-def cli(*arguments: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run raydiff in a folder and check its exit status."""
-    run = subprocess.run(
-        [sys.executable, "-m", "raydiff", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    assert run.returncode == status, run.stdout + run.stderr
-    assert "Traceback" not in run.stderr
-    return run
 
 
 def test_two_workers_score_every_file_once_and_errors_stay_alone(folder: Path) -> None:

@@ -1,31 +1,13 @@
 """`raydiff sweep` and job files with a sweep, as a user calls them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 import raydiff
-
-
-def cli(*arguments: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run raydiff in a folder and check its exit status."""
-    run = subprocess.run(
-        [sys.executable, "-m", "raydiff", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    assert run.returncode == status, run.stdout + run.stderr
-    assert "Traceback" not in run.stderr
-    return run
+from tests.cli.command import cli
 
 
 def test_a_sweep_is_shown_then_written(tmp_path: Path) -> None:
