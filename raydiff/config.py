@@ -58,10 +58,19 @@ class InputConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """Workers, batches and patience."""
+    """Workers, stages, batches and patience."""
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """auto is one per GPU, or one CPU worker where there is none."""
+    stages: Literal["fused", "split", "auto"] = "auto"
+    """fused: a worker does all stages. split: the stages of the cluster file, each on workers of
+    its own. auto splits where the text encoders' place is the CPU and CPU nodes are there."""
+    cluster: str | None = None
+    """Which workers do which stage: a name from configs/clusters or a YAML file."""
+    address: str | None = None
+    """Ray cluster to join: `host:port`, or `auto` on one of its nodes; None starts one."""
+    insecure: bool = False
+    """Join a cluster that asks for no token."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Largest batch; auto asks each worker's memory profile."""
     batches_in_flight: int = Field(2, ge=1, le=16)
@@ -69,9 +78,21 @@ class EngineConfig(_Section):
     lookahead: int = Field(4096, ge=1)
     """Rows read ahead of the renderers, to find rows that can share a batch."""
     start_timeout_s: float = Field(600.0, gt=0)
-    """Seconds that a worker may take to be placed and to load its model."""
+    """Seconds that a worker may take to be placed, and again to load its model."""
+    health_timeout_s: float = Field(60.0, gt=0)
+    """Seconds without an answer to a ping after which a worker is killed as hung."""
+    row_timeout_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Seconds that a row may take; auto goes by what rows of its kind have taken in this run."""
     max_crashes: int = Field(3, ge=1)
     """Worker crashes with which a row is quarantined."""
+    max_worker_failures: int = Field(16, ge=2)
+    """Rows failed in a row that retire a worker; another one tries them again."""
+    max_failed_percent: float = Field(50.0, gt=0, le=100)
+    """Share of failed rows, once 200 have ended, that stops the run."""
+    embeds_cache_gib: float = Field(2.0, gt=0)
+    """Split stages: room for encoded prompts in the cluster."""
+    embeds_on_disk: bool = False
+    """Split stages: keep encoded prompts beside the output, for later runs."""
 
 
 class MemoryConfig(_Section):
@@ -85,6 +106,12 @@ class MemoryConfig(_Section):
 class OutputConfig(_Section):
     """Files and metadata."""
 
+    format: Literal["files", "webdataset"] = "files"
+    """A file for each image, or tar shards of many."""
+    shard_rows: int = Field(1000, ge=1)
+    """Samples of a shard."""
+    shard_s: float = Field(600.0, gt=0)
+    """Longest time that a finished row waits for its shard to be closed."""
     image: Literal["png", "jpg", "webp"] = "png"
     quality: int = Field(95, ge=1, le=100)
     """JPEG and WebP quality."""
