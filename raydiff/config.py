@@ -3,7 +3,8 @@
 output."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,11 +15,16 @@ ProfileName = Literal["full_gpu", "balanced", "gpu_poor", "extreme", "cpu_only"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping of a YAML file: unknown keys are errors, and nothing in it changes afterwards."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
 
 
-class ModelConfig(_Section):
+S = TypeVar("S", bound=Section)
+
+
+class ModelConfig(Section):
     """Which checkpoint, and how it is run."""
 
     name: str = "sdxl"
@@ -35,7 +41,7 @@ class ModelConfig(_Section):
     """torch.compile the UNet and the VAE decoder: slow to start, faster for long runs on CUDA."""
 
 
-class DefaultsConfig(_Section):
+class DefaultsConfig(Section):
     """Values for rows that leave a column out; None takes the model's default."""
 
     negative_prompt: str | None = None
@@ -50,14 +56,14 @@ class DefaultsConfig(_Section):
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
 
 
-class InputConfig(_Section):
+class InputConfig(Section):
     """Where init images may come from."""
 
     root: str | None = None
     """Folder that init images must lie in; None is the manifest's own folder."""
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """Workers, stages, batches and patience."""
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -95,7 +101,7 @@ class EngineConfig(_Section):
     """Split stages: keep encoded prompts beside the output, for later runs."""
 
 
-class MemoryConfig(_Section):
+class MemoryConfig(Section):
     """The memory profile, and single choices that override it."""
 
     profile: ProfileName | Literal["auto"] = "auto"
@@ -103,7 +109,7 @@ class MemoryConfig(_Section):
     """Device per component (`cpu`, `cuda`), over the profile's."""
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """Files and metadata."""
 
     format: Literal["files", "webdataset"] = "files"
@@ -128,7 +134,7 @@ class OutputConfig(_Section):
 SweepValue = bool | int | float | str | None
 
 
-class SweepConfig(_Section):
+class SweepConfig(Section):
     """Rows made of axes, from the manifest's rows, the prompts or templates alone."""
 
     template: str | tuple[str, ...] = ()
@@ -151,7 +157,7 @@ class SweepConfig(_Section):
     """A sweep of more rows is refused."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run: a manifest (or prompts), an output folder and the sections above."""
 
     manifest: str | None = None
@@ -178,14 +184,23 @@ def load_config(
     Raises ConfigError naming the key, its value, the rule and the nearest known key.
     """
     values: dict[str, Any] = {}
+    where = ""
     if job_file is not None:
-        values = _read_yaml(Path(job_file))
+        where = f"job file {job_file}"
+        values = read_yaml(Path(job_file), where, example="manifest: x.parquet")
     for key, value in (overrides or {}).items():
         _set_dotted(values, key, value)
+    return validate(RunConfig, values, where)
+
+
+def validate(schema: type[S], values: dict[str, Any], where: str) -> S:
+    """Return the section that `values` are; ConfigError, which begins with `where`, says what is
+    wrong with each key."""
     try:
-        return RunConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, job_file)) from None
+        prefix = f"{where}: " if where else ""
+        raise ConfigError(prefix + _explain(error, schema)) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -199,15 +214,16 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, where: str, *, example: str) -> dict[str, Any]:
+    """Return the keys and values of a YAML file; ConfigError begins with `where`."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except OSError as error:
-        raise ConfigError(f"job file {path}: {error.strerror}") from None
+        raise ConfigError(f"{where}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"job file {path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"job file {path}: expected keys and values, e.g. `manifest: x.parquet`")
+        raise ConfigError(f"{where}: expected keys and values, e.g. `{example}`")
     # A section whose lines are all commented out reads as null: it is as good as absent.
     return {key: value for key, value in values.items() if value is not None}
 
@@ -233,37 +249,51 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[key] = value
 
 
-def _explain(error: ValidationError, job_file: str | Path | None) -> str:
+def _explain(error: ValidationError, schema: type[Section]) -> str:
     """Say every wrong key in one line each; the alternatives of a key are joined by "or"."""
     rules: dict[str, list[str]] = {}
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
-        sections, known = _known_part(path)
+        sections, known = _known_part(path, schema)
         if problem["type"] == "extra_forbidden":
             hint = nearest(path[-1], known)
             key, rule = ".".join(path), f"unknown key; {hint}known: {', '.join(known)}"
         elif problem["type"] == "model_type":
             key = ".".join(path)
             rule = f"{problem['input']!r}: this is a section; set its keys: {', '.join(known)}"
+        elif problem["type"] == "missing":
+            key, rule = ".".join(path), "is missing"
+        elif problem["type"] == "value_error":
+            key, rule = ".".join(sections), str(problem["ctx"]["error"])
         else:
             key, rule = ".".join(sections), f"{problem['input']!r}: {problem['msg']}"
         alternatives = rules.setdefault(key, [])
         alternatives.append(problem["msg"] if alternatives else rule)
-    where = f"job file {job_file}: " if job_file is not None else ""
-    return where + "\n".join(f"{key}: {' or '.join(said)}" for key, said in rules.items())
+    lines = [(f"{key}: " if key else "") + " or ".join(said) for key, said in rules.items()]
+    return "\n".join(lines)
 
 
-def _known_part(path: list[str]) -> tuple[list[str], list[str]]:
+def _known_part(path: list[str], schema: type[BaseModel]) -> tuple[list[str], list[str]]:
     """Return the keys of a path down to the value, and the known keys of its section.
 
     pydantic appends the alternative that failed (`engine.workers.literal['auto']`).
     """
-    section: type[BaseModel] = RunConfig
+    section = schema
     for depth, part in enumerate(path, start=1):
         field = section.model_fields.get(part)
         if field is None:
             break
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        inner = _section_of(field.annotation)
+        if inner is None:
             return path[:depth], sorted(section.model_fields)
-        section = field.annotation
+        section = inner
     return path, sorted(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field is or, beside None, may be."""
+    alternatives = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    for kind in alternatives:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
