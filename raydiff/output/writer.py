@@ -8,7 +8,7 @@ import platform
 import re
 import secrets
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,7 +21,7 @@ from raydiff.errors import DiskError
 from raydiff.output.atomic import disk_error
 from raydiff.output.lock import is_process_alive
 from raydiff.output.media import encode_image
-from raydiff.request import RenderRequest
+from raydiff.request import RenderRequest, RenderResult
 
 IMAGES_DIR = "images"
 TEMPORARY_DIR = "images/.tmp"
@@ -58,7 +58,29 @@ class Writer:
         self._counter = itertools.count()
         self._suffix = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
 
-    def write(self, request: RenderRequest, pixels: NDArray[np.uint8]) -> WrittenFile:
+    def write(
+        self, request: RenderRequest, pixels: NDArray[np.uint8], result: RenderResult
+    ) -> list[RenderResult]:
+        """Write the image of `request` and return its result, with the file's fields filled in.
+
+        Raises DiskError.
+        """
+        file = self.save(request, pixels)
+        return [
+            replace(
+                result,
+                file_name=file.file_name,
+                sha256=file.sha256,
+                size_bytes=file.size_bytes,
+                write_s=file.write_s,
+            )
+        ]
+
+    def flush(self) -> list[RenderResult]:
+        """Return nothing: a file is in place once it is written."""
+        return []
+
+    def save(self, request: RenderRequest, pixels: NDArray[np.uint8]) -> WrittenFile:
         """Write the image of `request`, uint8 (H, W, 3). Raises DiskError."""
         started = time.perf_counter()
         file_name = image_name(request.request_id, self._config)

@@ -94,7 +94,7 @@ def render_rows(random_pixels: Callable[[int], np.ndarray]) -> Callable[..., Non
         writer = Writer(run.out_dir, OutputConfig())
         for seed in seeds:
             request = make_request(seed)
-            file = writer.write(request, random_pixels(seed))
+            file = writer.save(request, random_pixels(seed))
             result = make_result(
                 request,
                 file_name=file.file_name,

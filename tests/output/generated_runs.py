@@ -82,7 +82,7 @@ def _ended(
         pixels = row.get("pixels")
         if pixels is None:
             pixels = random_pixels(request.seed, request.height, request.width)
-        file = writer.write(request, pixels)
+        file = writer.save(request, pixels)
         result = RenderResult(
             request_id=request.request_id,
             status="completed",

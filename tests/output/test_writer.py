@@ -30,7 +30,7 @@ def files_under(folder: Path) -> list[str]:
 
 def test_a_file_is_what_the_result_says(tmp_path, make, random_pixels):
     request = make.request(4)
-    written = Writer(tmp_path, OutputConfig()).write(request, random_pixels(4))
+    written = Writer(tmp_path, OutputConfig()).save(request, random_pixels(4))
     data = (tmp_path / written.file_name).read_bytes()
     assert written.file_name == f"images/{request.request_id[:2]}/{request.request_id}.png"
     assert written.sha256 == hashlib.sha256(data).hexdigest()
@@ -50,7 +50,7 @@ def test_no_path_of_this_machine_is_embedded(tmp_path, make, random_pixels):
         init_image="/home/alice/secret/cat.png",
         init_image_sha256="ab" * 32,
     )
-    written = Writer(tmp_path, OutputConfig()).write(request, random_pixels(1))
+    written = Writer(tmp_path, OutputConfig()).save(request, random_pixels(1))
     metadata = read_image_metadata(tmp_path / written.file_name)
     assert "alice" not in str(metadata)
     assert metadata["model"] == "my-model"
@@ -59,7 +59,7 @@ def test_no_path_of_this_machine_is_embedded(tmp_path, make, random_pixels):
 
 def test_stripped_files_have_no_request(tmp_path, make, random_pixels):
     config = OutputConfig(strip_metadata=True)
-    written = Writer(tmp_path, config).write(make.request(1), random_pixels(1))
+    written = Writer(tmp_path, config).save(make.request(1), random_pixels(1))
     assert read_image_metadata(tmp_path / written.file_name) is None
 
 
@@ -69,7 +69,7 @@ def test_stripped_files_have_no_request(tmp_path, make, random_pixels):
 def test_only_a_hash_can_name_a_file(request_id, tmp_path, make, random_pixels):
     request = replace(make.request(1), request_id=request_id)
     with pytest.raises(DiskError, match="32 hex digits"):
-        Writer(tmp_path, OutputConfig()).write(request, random_pixels(1))
+        Writer(tmp_path, OutputConfig()).save(request, random_pixels(1))
     assert files_under(tmp_path) == []
 
 
@@ -77,7 +77,7 @@ def test_threads_may_write_the_same_image(tmp_path, make, random_pixels):
     writer = Writer(tmp_path, OutputConfig())
     with ThreadPoolExecutor(6) as pool:
         seeds = list(range(10)) * 6
-        results = list(pool.map(lambda n: writer.write(make.request(n), random_pixels(n)), seeds))
+        results = list(pool.map(lambda n: writer.save(make.request(n), random_pixels(n)), seeds))
     assert len({(one.file_name, one.sha256) for one in results}) == 10
     for one in results:
         assert hashlib.sha256((tmp_path / one.file_name).read_bytes()).hexdigest() == one.sha256
@@ -87,7 +87,7 @@ def test_threads_may_write_the_same_image(tmp_path, make, random_pixels):
 def write_many(out_dir, requests, pixels):
     writer = Writer(out_dir, OutputConfig())
     for request, image in zip(requests, pixels, strict=True):
-        writer.write(request, image)
+        writer.save(request, image)
 
 
 def test_processes_may_write_the_same_image(tmp_path, make, random_pixels):
@@ -104,16 +104,16 @@ def test_processes_may_write_the_same_image(tmp_path, make, random_pixels):
 
 def test_folders_removed_in_the_middle_of_a_run_are_made_again(tmp_path, make, random_pixels):
     writer = Writer(tmp_path, OutputConfig())
-    first = writer.write(make.request(1), random_pixels(1))
+    first = writer.save(make.request(1), random_pixels(1))
     (tmp_path / first.file_name).unlink()
     (tmp_path / first.file_name).parent.rmdir()
     (tmp_path / TEMPORARY_DIR).rmdir()
-    assert writer.write(make.request(1), random_pixels(1)).sha256 == first.sha256
+    assert writer.save(make.request(1), random_pixels(1)).sha256 == first.sha256
 
 
 def test_the_output_folder_itself_is_never_made_again(tmp_path, make, random_pixels):
     with pytest.raises(DiskError, match="ENOENT"):
-        Writer(tmp_path / "gone", OutputConfig()).write(make.request(1), random_pixels(1))
+        Writer(tmp_path / "gone", OutputConfig()).save(make.request(1), random_pixels(1))
     assert not (tmp_path / "gone").exists()
 
 
@@ -124,7 +124,7 @@ def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(tmp_path, make, rando
         "from raydiff.config import OutputConfig; from raydiff.errors import DiskError\n"
         "request, pixels = pickle.load(sys.stdin.buffer)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-        "try: Writer(sys.argv[1], OutputConfig()).write(request, pixels)\n"
+        "try: Writer(sys.argv[1], OutputConfig()).save(request, pixels)\n"
         "except DiskError as error: print(error)"
     )
     done = subprocess.run(
@@ -151,18 +151,18 @@ def test_a_full_disk_says_how_to_go_on(full_disk, make, random_pixels):
 def test_a_read_only_disk_is_named(read_only_folder, make, random_pixels):
     writer = Writer(read_only_folder, OutputConfig())
     with pytest.raises(DiskError, match=r"Read-only file system \(EROFS\). Mount that disk"):
-        writer.write(make.request(1), random_pixels(1))
+        writer.save(make.request(1), random_pixels(1))
 
 
 def test_a_file_in_the_way_of_the_folder_is_named(tmp_path, make, random_pixels):
     (tmp_path / "images").write_text("not a folder")
     with pytest.raises(DiskError, match="images"):
-        Writer(tmp_path, OutputConfig()).write(make.request(1), random_pixels(1))
+        Writer(tmp_path, OutputConfig()).save(make.request(1), random_pixels(1))
 
 
 def test_only_stale_files_of_ours_are_removed(tmp_path, make, random_pixels):
     """A killed process leaves its file; a live one's, a foreign one and another host's stay."""
-    Writer(tmp_path, OutputConfig()).write(make.request(1), random_pixels(1))
+    Writer(tmp_path, OutputConfig()).save(make.request(1), random_pixels(1))
     folder = tmp_path / TEMPORARY_DIR
     host = re.sub(r"[^\w-]", "-", os.uname().nodename)
     child = subprocess.Popen([sys.executable, "-c", "pass"])
