@@ -44,6 +44,41 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[GpuInfo]:
         pynvml.nvmlShutdown()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuUsage:
+    """How busy a GPU is, with every process on it."""
+
+    utilization: float | None
+    """0..1: share of the last seconds in which a kernel ran; None where NVML does not count it."""
+    used_bytes: int
+
+
+def gpu_usage(cuda_index: int = 0, environ: Mapping[str, str] = os.environ) -> GpuUsage | None:
+    """Return how busy `cuda:<cuda_index>` of this process is; None without a driver or such a GPU.
+
+    Cheap enough for every few seconds, from any thread, while the GPU works.
+    """
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+        shown = visible_indices(environ.get("CUDA_VISIBLE_DEVICES"), uuids)
+        if cuda_index >= len(shown):
+            return None
+        handle = handles[shown[cuda_index]]
+        return GpuUsage(
+            utilization=_utilization(handle),
+            used_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+        )
+    except pynvml.NVMLError:
+        return None  # it fell off the bus, say: not the business of who only looks
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def visible_indices(variable: str | None, uuids: list[str]) -> list[int]:
     """Return the indices into `uuids` that a value of CUDA_VISIBLE_DEVICES shows, in its order."""
     if variable is None:
@@ -74,3 +109,18 @@ def _describe(handle: object, uuid: str, cuda_index: int, driver: str) -> GpuInf
         free_bytes=int(memory.free),
         driver=driver,
     )
+
+
+def _utilization(handle: object) -> float | None:
+    """Average what the driver has sampled lately: one sample is a sixth of a second."""
+    try:
+        _, samples = pynvml.nvmlDeviceGetSamples(handle, pynvml.NVML_GPU_UTILIZATION_SAMPLES, 0)
+        percents = [int(sample.sampleValue.uiVal) for sample in samples]
+    except pynvml.NVMLError:
+        percents = []
+    try:
+        # The buffer is empty just after the driver has started.
+        percents = percents or [int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)]
+    except pynvml.NVMLError:
+        return None
+    return sum(percents) / len(percents) / 100

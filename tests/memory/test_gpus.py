@@ -2,7 +2,7 @@
 
 import pytest
 
-from raydiff.memory.gpus import visible_gpus, visible_indices
+from raydiff.memory.gpus import gpu_usage, visible_gpus, visible_indices
 
 UUIDS = ["GPU-aaaa-1", "GPU-bbbb-2", "GPU-bcbc-3"]
 
@@ -40,3 +40,32 @@ def test_nvml_and_torch_see_the_same_gpus() -> None:
         assert gpu.name == torch.cuda.get_device_name(gpu.cuda_index)
         assert abs(gpu.total_bytes - total) < 0.03 * total
         assert abs(gpu.free_bytes - free) < 0.05 * total
+
+
+def test_no_gpu_has_no_usage() -> None:
+    assert gpu_usage(0, {"CUDA_VISIBLE_DEVICES": ""}) is None
+    assert gpu_usage(1000) is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_works_is_busy_and_one_that_holds_memory_says_so() -> None:
+    import time
+
+    import torch
+
+    idle = gpu_usage()
+    assert idle is not None
+    matrix = torch.randn(8192, 8192, device="cuda")
+    until = time.monotonic() + 6
+    while time.monotonic() < until:
+        for _ in range(20):
+            matrix = matrix @ matrix / 8192
+        torch.cuda.synchronize()
+    began = time.monotonic()
+    busy = gpu_usage()
+    elapsed_s = time.monotonic() - began
+    assert busy is not None
+    assert busy.utilization is not None
+    assert 0.2 < busy.utilization <= 1
+    assert busy.used_bytes >= idle.used_bytes + 8192 * 8192 * 4
+    assert elapsed_s < 0.5
