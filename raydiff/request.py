@@ -109,9 +109,13 @@ class RenderResult:
     error: str | None = None
     warning: str | None = None
     file_name: str | None = None
-    """Relative to the output folder, `/` separated."""
+    """Relative to the output folder, `/` separated: the image's own file, or a shard."""
     sha256: str | None = None
     size_bytes: int | None = None
+    member: str | None = None
+    """Name of the image in the shard; None where the file is the image."""
+    offset: int | None = None
+    """Where the image's bytes begin in the shard."""
     profile: str | None = None
     dtype: str | None = None
     batch_size: int | None = None

@@ -38,6 +38,8 @@ OUTCOME_COLUMNS = {
     "file_name": pa.string(),
     "sha256": pa.string(),
     "size_bytes": pa.int64(),
+    "member": pa.string(),
+    "offset": pa.int64(),
 }
 
 COST_COLUMNS = {

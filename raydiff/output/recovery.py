@@ -110,9 +110,11 @@ def _without_lost_files(
 
 
 def _lost_rows(part: Part, out_dir: Path, *, since: float) -> NDArray[np.int64]:
-    table = read_columns(part, ["status", "file_name", "size_bytes", "finished_at"])
+    table = read_columns(part, ["status", "file_name", "size_bytes", "member", "finished_at"])
     finished_us = pc.fill_null(table["finished_at"].cast(pa.int64()), 0).to_numpy()
     is_completed = pc.equal(table["status"], "completed").to_numpy(zero_copy_only=False)
+    if "member" in table.column_names:  # Shards are synced before their rows are committed.
+        is_completed &= pc.is_null(table["member"]).to_numpy(zero_copy_only=False)
     recent = np.flatnonzero((finished_us >= since * 1e6) & is_completed)
     names, sizes = table["file_name"], table["size_bytes"]
     return np.array(

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 EXTRA = pa.schema([("note", pa.string()), ("tags", pa.list_(pa.int64())), ("category", pa.int8())])
 CONTRACT_TEXT = (
-    "request_id row_index image_index status error file_name sha256 size_bytes model task prompt "
-    "negative_prompt seed height width num_inference_steps guidance_scale guidance_rescale sampler "
+    "request_id row_index image_index status error file_name sha256 size_bytes member offset model "
+    "task prompt negative_prompt seed height width num_inference_steps guidance_scale "
+    "guidance_rescale sampler "
     "strength init_image init_image_sha256 model_revision profile dtype batch_size worker_id node "
     "device encode_s denoise_s decode_s write_s peak_vram_bytes raydiff_version finished_at warning"
 )
@@ -136,6 +137,26 @@ def test_hard_texts_come_back(open_ledger, make):
     ledger.commit()
     stored = read_results(run.out_dir)["prompt"].to_pylist()
     assert stored == [*prompts[:-1], "not \\udc80 utf-8"]
+
+
+def test_a_run_from_before_there_were_shards_goes_on(open_ledger, make):
+    """Its metadata lacks the columns of a shard's members: they read as null."""
+    run, ledger = open_ledger()
+    add_rows(ledger, make, range(30))
+    run.close()
+    (part,) = part_paths(run.out_dir)
+    old = pq.read_table(part).drop_columns(["member", "offset"])
+    pq.write_table(old, part)
+    run, resumed = open_ledger()
+    known = resumed.find(make.request(7).request_id)
+    assert known == make.result(make.request(7))
+    request = make.request(30)
+    resumed.add(make.row(request, 30), make.result(request, member="a.png", offset=512))
+    resumed.commit()
+    table = read_results(run.out_dir)
+    assert table.schema.names == CONTRACT
+    assert table["member"].to_pylist() == [None] * 30 + ["a.png"]
+    assert table["offset"].to_pylist() == [None] * 30 + [512]
 
 
 def test_an_empty_run_is_an_empty_table(open_ledger):
