@@ -113,7 +113,7 @@ class Driver:
                         self._stop(decision)
             for event in self._cluster.poll(0 if is_reading else POLL_S):
                 self._note(event)
-                self._scheduler.handle(event)
+                self._scheduler.handle(event, time.monotonic())
             if self._ledger.should_commit(time.monotonic()):
                 self._ledger.commit()
             if time.monotonic() - self._reported_at >= PROGRESS_S:
@@ -180,11 +180,11 @@ class Driver:
         event = WorkerFailed(
             worker_id=decision.worker_id,
             incarnation=decision.incarnation,
-            reason=f"worker {decision.worker_id} was not ready after {decision.waited_s:g} s "
-            f"(engine.start_timeout_s): {reason}",
+            cause="start",
+            reason=f"worker {decision.worker_id} was stopped: {decision.reason}: {reason}",
         )
         self._note(event)
-        self._scheduler.handle(event)
+        self._scheduler.handle(event, time.monotonic())
 
     def _note(self, event: Any) -> None:
         """Keep what is told to people."""

@@ -11,6 +11,7 @@ from raydiff.config import RunConfig
 from raydiff.engine.cluster import LocalCluster, Resources
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
+from raydiff.engine.messages import Place
 from raydiff.engine.plan import count_images, open_rows
 from raydiff.engine.scheduler import Scheduler
 from raydiff.engine.worker import WorkerSpec
@@ -118,7 +119,7 @@ def run_manifest(
             total=total,
             lookahead=config.engine.lookahead,
             ledger=ledger,
-            scheduler=Scheduler(_worker_ids(resources), config.engine),
+            scheduler=Scheduler(_places(resources), config.engine),
             cluster=cluster,
             progress_file=ProgressFile(run.out_dir, epoch=run.lock.epoch, started_at=started),
             on_progress=on_progress,
@@ -207,8 +208,8 @@ def _laid_over(
     return config.model_copy(update=update)
 
 
-def _worker_ids(resources: Resources) -> list[str]:
-    return [f"w{index}" for index in range(resources.num_workers)]
+def _places(resources: Resources) -> list[Place]:
+    return [Place(worker_id=f"w{index}") for index in range(resources.num_workers)]
 
 
 def _ignore(warning: str) -> None:

@@ -11,7 +11,21 @@ from typing import Literal
 
 from raydiff.batching import Batcher, BatchKey
 from raydiff.config import EngineConfig
-from raydiff.engine.worker import BatchReply, WorkerInfo
+from raydiff.engine.messages import (
+    BatchDone,
+    BatchReply,
+    Decision,
+    Dispatch,
+    EndRequest,
+    Event,
+    FinishRun,
+    Place,
+    StartWorker,
+    StopWorker,
+    WorkerFailed,
+    WorkerPlaced,
+    WorkerReady,
+)
 from raydiff.errors import DiskError, EngineError, RaydiffError
 from raydiff.request import RenderBatch, RenderRequest, RenderResult
 
@@ -23,81 +37,6 @@ MIN_CRASHES_ALONE = 2
 """Crashes that a single row must have caused with nothing beside it, to be quarantined."""
 MAX_CRASHES_WITHOUT_RESULT = 10
 """Crashes in a row, with no image in between, that end the run: then it is not the rows' fault."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerReady:
-    """Event: a worker has loaded its model."""
-
-    worker_id: str
-    incarnation: int
-    info: WorkerInfo
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerFailed:
-    """Event: a worker could not start, or died."""
-
-    worker_id: str
-    incarnation: int
-    reason: str
-    error: RaydiffError | None = None
-    """An error that starting again would not change: a broken checkpoint, a wrong setting."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchDone:
-    """Event: a worker's reply."""
-
-    worker_id: str
-    incarnation: int
-    reply: BatchReply
-
-
-Event = WorkerReady | WorkerFailed | BatchDone
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StartWorker:
-    """Decision: place a worker process; WorkerReady or WorkerFailed is awaited."""
-
-    worker_id: str
-    incarnation: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StopWorker:
-    """Decision: kill a worker that did not become ready in time and report it as failed."""
-
-    worker_id: str
-    incarnation: int
-    waited_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Dispatch:
-    """Decision: send a batch to a ready worker."""
-
-    worker_id: str
-    incarnation: int
-    batch: RenderBatch
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EndRequest:
-    """Decision: commit a result."""
-
-    result: RenderResult
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinishRun:
-    """Decision: nothing is in flight any more; leave the loop."""
-
-    error: RaydiffError | None = None
-
-
-Decision = StartWorker | StopWorker | Dispatch | EndRequest | FinishRun
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -117,7 +56,7 @@ class _InFlight:
 class _Slot:
     """A place for one worker, and the process that has it now."""
 
-    worker_id: str
+    place: Place
     state: Literal["empty", "starting", "ready", "lost"] = "empty"
     incarnation: int = 0
     deadline: float = 0.0
@@ -139,9 +78,12 @@ class Scheduler:
     So a batch that was only being written while the next one crashed is blamed once at most.
     """
 
-    def __init__(self, worker_ids: Sequence[str], config: EngineConfig) -> None:
+    def __init__(
+        self, places: Sequence[Place], config: EngineConfig, *, embeds_cache_bytes: int = 0
+    ) -> None:
         self._config = config
-        self._slots = {worker_id: _Slot(worker_id=worker_id) for worker_id in worker_ids}
+        self._embeds_cache_bytes = embeds_cache_bytes
+        self._slots = {place.worker_id: _Slot(place=place) for place in places}
         self._batcher = Batcher(config.lookahead)
         self._suspects: deque[_InFlight] = deque()
         self._decisions: list[Decision] = []
@@ -165,11 +107,16 @@ class Scheduler:
     def worker_states(self) -> dict[str, str]:
         """Per worker: empty, starting, idle, busy, or lost (it could not be started)."""
         return {
-            slot.worker_id: ("busy" if slot.in_flight else "idle")
+            slot.place.worker_id: ("busy" if slot.in_flight else "idle")
             if slot.state == "ready"
             else slot.state
             for slot in self._slots.values()
         }
+
+    @property
+    def queue_lengths(self) -> dict[str, int]:
+        """What waits where, for people who watch."""
+        return {"rows_waiting": self._num_queued, "in_flight_fused": self.num_in_flight}
 
     def offer(self, request: RenderRequest) -> None:
         """Queue a request."""
@@ -188,12 +135,14 @@ class Scheduler:
         self._is_draining = True
         self._error = self._error or error
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: Event, now: float) -> None:
         """Take in what a worker reports; reports of replaced workers are ignored."""
         slot = self._slots[event.worker_id]
         if event.incarnation != slot.incarnation or slot.state in ("empty", "lost"):
             return
         match event:
+            case WorkerPlaced():
+                slot.deadline = now + self._config.start_timeout_s
             case WorkerReady():
                 slot.state = "ready"
                 slot.num_start_failures = 0
@@ -313,9 +262,11 @@ class Scheduler:
                 slot.deadline = float("inf")
                 self._decisions.append(
                     StopWorker(
-                        worker_id=slot.worker_id,
+                        worker_id=slot.place.worker_id,
                         incarnation=slot.incarnation,
-                        waited_s=self._config.start_timeout_s,
+                        kind="unplaced",
+                        reason=f"it was not ready after {self._config.start_timeout_s:g} s "
+                        "(engine.start_timeout_s)",
                     )
                 )
 
@@ -332,7 +283,11 @@ class Scheduler:
                 slot.deadline = now + self._config.start_timeout_s
                 num_waiting += 1
                 self._decisions.append(
-                    StartWorker(worker_id=slot.worker_id, incarnation=slot.incarnation)
+                    StartWorker(
+                        worker_id=slot.place.worker_id,
+                        incarnation=slot.incarnation,
+                        role=slot.place.role,
+                    )
                 )
 
     def _dispatch(self) -> None:
@@ -386,5 +341,5 @@ class Scheduler:
         slot.in_flight.append(held)
         slot.model = held.batch.model
         self._decisions.append(
-            Dispatch(worker_id=slot.worker_id, incarnation=slot.incarnation, batch=held.batch)
+            Dispatch(worker_id=slot.place.worker_id, incarnation=slot.incarnation, batch=held.batch)
         )

@@ -7,21 +7,25 @@ from collections.abc import Callable
 import pytest
 
 from raydiff.config import EngineConfig
-from raydiff.engine.scheduler import (
-    MAX_CRASHES_WITHOUT_RESULT,
-    MAX_START_FAILURES,
+from raydiff.engine.messages import (
     BatchDone,
+    BatchReply,
     Decision,
     Dispatch,
     EndRequest,
     FinishRun,
-    Scheduler,
+    Place,
     StartWorker,
     StopWorker,
     WorkerFailed,
+    WorkerInfo,
     WorkerReady,
 )
-from raydiff.engine.worker import BatchReply, WorkerInfo
+from raydiff.engine.scheduler import (
+    MAX_CRASHES_WITHOUT_RESULT,
+    MAX_START_FAILURES,
+    Scheduler,
+)
 from raydiff.errors import DiskError, EngineError, ModelError
 from raydiff.request import RenderBatch, RenderRequest, RenderResult
 
@@ -49,7 +53,7 @@ def request(number: int, *, height: int = 64, model: str = "tiny") -> RenderRequ
 def scheduler(num_workers: int = 1, num_rows: int = 0, **config: object) -> Scheduler:
     """A scheduler with `num_rows` requests, all that there will be."""
     settings = EngineConfig.model_validate({"batch_size": 4, **config})
-    result = Scheduler([f"w{index}" for index in range(num_workers)], settings)
+    result = Scheduler([Place(worker_id=f"w{index}") for index in range(num_workers)], settings)
     for number in range(num_rows):
         result.offer(request(number))
     result.close_input()
@@ -73,7 +77,7 @@ def done(
     ]
     reply = BatchReply(
         batch_id=dispatch.batch.batch_id,
-        results=[] if disk_error else results,
+        results=() if disk_error else tuple(results),
         max_batch_size=max_batch_size,
         disk_error=disk_error,
     )
@@ -96,13 +100,13 @@ def ended(decisions: list[Decision]) -> dict[str, str]:
 
 def test_a_worker_is_started_and_its_window_is_filled() -> None:
     machine = scheduler(num_rows=20)
-    assert machine.decide(0.0) == [StartWorker(worker_id="w0", incarnation=1)]
+    assert machine.decide(0.0) == [StartWorker(worker_id="w0", incarnation=1, role="fused")]
     assert machine.decide(0.1) == []
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     first = machine.decide(0.2)
     assert sizes(first) == [("w0", 4), ("w0", 4)]
     assert machine.decide(0.3) == []
-    machine.handle(done(dispatches(first)[0]))
+    machine.handle(done(dispatches(first)[0]), 0.0)
     second = machine.decide(0.4)
     assert len(ended(second)) == 4
     assert sizes(second) == [("w0", 4)]
@@ -111,7 +115,7 @@ def test_a_worker_is_started_and_its_window_is_filled() -> None:
 def test_the_window_has_batches_in_flight_batches() -> None:
     machine = scheduler(num_rows=100, batches_in_flight=5)
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     assert sizes(machine.decide(0.1)) == [("w0", 4)] * 5
 
 
@@ -127,23 +131,23 @@ def test_nothing_is_started_without_rows() -> None:
 def test_the_last_rows_are_shared_out() -> None:
     machine = scheduler(num_workers=2, num_rows=6, batch_size=8)
     machine.decide(0.0)
-    machine.handle(ready("w0"))
-    machine.handle(ready("w1"))
+    machine.handle(ready("w0"), 0.0)
+    machine.handle(ready("w1"), 0.0)
     assert sizes(machine.decide(0.1)) == [("w0", 2), ("w1", 4)]
 
 
 def test_an_idle_worker_does_not_wait_for_a_full_queue() -> None:
-    machine = Scheduler(["w0"], EngineConfig(batch_size=4))
+    machine = Scheduler([Place(worker_id="w0")], EngineConfig(batch_size=4))
     for number in range(6):
         machine.offer(request(number))
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     assert sizes(machine.decide(0.1)) == [("w0", 4)]
     assert machine.wants_rows
 
 
 def test_the_input_is_not_read_beyond_lookahead() -> None:
-    machine = Scheduler(["w0"], EngineConfig(lookahead=10))
+    machine = Scheduler([Place(worker_id="w0")], EngineConfig(lookahead=10))
     for number in range(10):
         assert machine.wants_rows
         machine.offer(request(number))
@@ -153,11 +157,11 @@ def test_the_input_is_not_read_beyond_lookahead() -> None:
 def test_batches_take_the_size_that_the_worker_reports() -> None:
     machine = scheduler(num_rows=100, batch_size="auto")
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     first = dispatches(machine.decide(0.1))
-    machine.handle(done(first[0], max_batch_size=11))
+    machine.handle(done(first[0], max_batch_size=11), 0.0)
     assert sizes(machine.decide(0.2)) == [("w0", 11)]
-    machine.handle(done(first[1], max_batch_size=2))
+    machine.handle(done(first[1], max_batch_size=2), 0.0)
     assert sizes(machine.decide(0.3)) == [("w0", 2)]
 
 
@@ -168,13 +172,13 @@ def test_a_batch_size_is_learned_per_shape() -> None:
         machine.offer(request(number, height=64 if number < 40 else 128))
     machine.close_input()
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     seen: dict[int, list[int]] = {64: [], 128: []}
     pending = dispatches(machine.decide(0.1))
     while pending:
         batch = pending[0].batch
         seen[batch.height].append(len(batch.requests))
-        machine.handle(done(pending.pop(0), max_batch_size=5 if batch.height == 64 else 3))
+        machine.handle(done(pending.pop(0), max_batch_size=5 if batch.height == 64 else 3), 0.0)
         pending += dispatches(machine.decide(0.2))
     assert 5 in seen[64]
     assert max(seen[64][2:]) <= 5
@@ -185,9 +189,9 @@ def test_a_batch_size_is_learned_per_shape() -> None:
 def test_the_run_finishes_when_all_is_done() -> None:
     machine = scheduler(num_rows=4)
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     batch = dispatches(machine.decide(0.1))[0]
-    machine.handle(done(batch))
+    machine.handle(done(batch), 0.0)
     decisions = machine.decide(0.2)
     assert len(ended(decisions)) == 4
     assert decisions[-1] == FinishRun()
@@ -195,17 +199,17 @@ def test_the_run_finishes_when_all_is_done() -> None:
 
 def crash(machine: Scheduler, incarnation: int, now: float) -> list[Decision]:
     """Kill w0, let its replacement become ready, and return what that one is sent."""
-    machine.handle(failed(incarnation=incarnation))
+    machine.handle(failed(incarnation=incarnation), 0.0)
     before = machine.decide(now)
-    assert StartWorker(worker_id="w0", incarnation=incarnation + 1) in before
-    machine.handle(ready(incarnation=incarnation + 1))
+    assert StartWorker(worker_id="w0", incarnation=incarnation + 1, role="fused") in before
+    machine.handle(ready(incarnation=incarnation + 1), 0.0)
     return before + machine.decide(now)
 
 
 def test_a_crashed_batch_is_retried_whole_then_split_then_quarantined() -> None:
     machine = scheduler(num_rows=4)
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     assert sizes(machine.decide(0.1)) == [("w0", 4)]
     assert sizes(crash(machine, 1, 1.0)) == [("w0", 4)]
     assert sizes(crash(machine, 2, 2.0)) == [("w0", 1)]
@@ -216,7 +220,7 @@ def test_a_crashed_batch_is_retried_whole_then_split_then_quarantined() -> None:
     completed: dict[str, str] = {}
     pending = dispatches(third)
     while pending:
-        machine.handle(done(pending.pop(0)))
+        machine.handle(done(pending.pop(0)), 0.0)
         decisions = machine.decide(5.0)
         completed |= ended(decisions)
         pending += dispatches(decisions)
@@ -227,11 +231,11 @@ def test_a_crashed_batch_is_retried_whole_then_split_then_quarantined() -> None:
 def test_a_batch_behind_the_crashed_one_is_blameless_and_retried_alone() -> None:
     machine = scheduler(num_rows=20)
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     head, behind = dispatches(machine.decide(0.1))
     retried = dispatches(crash(machine, 1, 1.0))
     assert [sent.batch.requests for sent in retried] == [head.batch.requests]
-    machine.handle(done(retried[0]))
+    machine.handle(done(retried[0]), 0.0)
     alone = dispatches(machine.decide(2.0))
     assert [sent.batch.requests for sent in alone] == [behind.batch.requests]
     # Twice more it may crash: it was not blamed for the first death.
@@ -249,13 +253,13 @@ def test_a_batch_that_only_stood_before_a_poison_row_is_never_quarantined() -> N
         statuses |= ended(decisions)
         for decision in decisions:
             if isinstance(decision, StartWorker):
-                machine.handle(ready(incarnation=decision.incarnation))
+                machine.handle(ready(incarnation=decision.incarnation), 0.0)
         sent = dispatches(decisions)
         if any(one.batch.requests[0].request_id == poison for one in sent):
-            machine.handle(failed(incarnation=sent[0].incarnation))
+            machine.handle(failed(incarnation=sent[0].incarnation), 0.0)
         else:
             for one in sent:
-                machine.handle(done(one))
+                machine.handle(done(one), 0.0)
         decisions = machine.decide(0.0)
     statuses |= ended(decisions)
     assert statuses == {innocent: "completed", poison: "quarantined"}
@@ -265,33 +269,35 @@ def test_a_worker_that_dies_idle_blames_nobody() -> None:
     machine = scheduler(num_workers=2, num_rows=4, batches_in_flight=1)
     machine._is_input_closed = False
     machine.decide(0.0)
-    machine.handle(ready("w0"))
-    machine.handle(ready("w1"))
+    machine.handle(ready("w0"), 0.0)
+    machine.handle(ready("w1"), 0.0)
     assert sizes(machine.decide(0.1)) == [("w0", 4)]
-    machine.handle(failed("w1"))
+    machine.handle(failed("w1"), 0.0)
     machine.offer(request(9))
     machine.close_input()
-    assert StartWorker(worker_id="w1", incarnation=2) in machine.decide(0.2)
+    assert StartWorker(worker_id="w1", incarnation=2, role="fused") in machine.decide(0.2)
 
 
 def test_replies_of_a_replaced_worker_are_ignored() -> None:
     machine = scheduler(num_rows=4)
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     stale = dispatches(machine.decide(0.1))[0]
     fresh = dispatches(crash(machine, 1, 1.0))[0]
-    machine.handle(done(stale))
-    machine.handle(failed(incarnation=1))
+    machine.handle(done(stale), 0.0)
+    machine.handle(failed(incarnation=1), 0.0)
     assert machine.decide(1.1) == []
-    machine.handle(done(fresh))
+    machine.handle(done(fresh), 0.0)
     assert len(ended(machine.decide(1.2))) == 4
 
 
 def test_a_worker_that_cannot_start_ends_the_run_with_its_reason() -> None:
     machine = scheduler(num_workers=2, num_rows=1)
     for attempt in range(1, MAX_START_FAILURES + 1):
-        assert StartWorker(worker_id="w0", incarnation=attempt) in machine.decide(float(attempt))
-        machine.handle(failed(incarnation=attempt, reason="no such device"))
+        assert StartWorker(worker_id="w0", incarnation=attempt, role="fused") in machine.decide(
+            float(attempt)
+        )
+        machine.handle(failed(incarnation=attempt, reason="no such device"), 0.0)
     (finish,) = machine.decide(9.0)
     assert isinstance(finish, FinishRun)
     assert isinstance(finish.error, EngineError)
@@ -301,9 +307,9 @@ def test_a_worker_that_cannot_start_ends_the_run_with_its_reason() -> None:
 def test_the_others_go_on_when_one_place_is_given_up() -> None:
     machine = scheduler(num_workers=2, num_rows=100)
     machine.decide(0.0)
-    machine.handle(ready("w1"))
+    machine.handle(ready("w1"), 0.0)
     for attempt in range(1, MAX_START_FAILURES + 1):
-        machine.handle(failed("w0", attempt))
+        machine.handle(failed("w0", attempt), 0.0)
         decisions = machine.decide(float(attempt))
     assert not any(isinstance(decision, StartWorker | FinishRun) for decision in decisions)
 
@@ -312,10 +318,10 @@ def test_a_start_that_is_not_placed_in_time_is_stopped_and_not_tried_again() -> 
     machine = scheduler(num_rows=4, start_timeout_s=10)
     machine.decide(100.0)
     assert machine.decide(109.9) == []
-    stop = StopWorker(worker_id="w0", incarnation=1, waited_s=10.0)
-    assert machine.decide(110.0) == [stop]
+    (stop,) = machine.decide(110.0)
+    assert isinstance(stop, StopWorker)
     assert machine.decide(110.1) == []
-    machine.handle(failed(reason="asked for GPU: 1, the cluster has 0"))
+    machine.handle(failed(reason="asked for GPU: 1, the cluster has 0"), 0.0)
     (finish,) = machine.decide(110.2)
     assert isinstance(finish, FinishRun)
     assert "asked for GPU: 1" in str(finish.error)
@@ -325,18 +331,18 @@ def test_an_error_that_no_restart_changes_ends_the_run_at_once() -> None:
     machine = scheduler(num_rows=4)
     machine.decide(0.0)
     error = ModelError("tiny: unet is missing")
-    machine.handle(WorkerFailed(worker_id="w0", incarnation=1, reason=str(error), error=error))
+    machine.handle(WorkerFailed(worker_id="w0", incarnation=1, reason=str(error), error=error), 0.0)
     assert machine.decide(0.1) == [FinishRun(error=error)]
 
 
 def test_a_full_disk_ends_the_run_after_what_is_in_flight() -> None:
     machine = scheduler(num_rows=100)
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     first, second = dispatches(machine.decide(0.1))
-    machine.handle(done(first, disk_error="/out: no space left"))
+    machine.handle(done(first, disk_error="/out: no space left"), 0.0)
     assert machine.decide(0.2) == []
-    machine.handle(done(second))
+    machine.handle(done(second), 0.0)
     decisions = machine.decide(0.3)
     assert len(ended(decisions)) == 4
     finish = decisions[-1]
@@ -349,9 +355,9 @@ def test_workers_that_always_die_end_the_run() -> None:
     machine = scheduler(num_rows=100)
     decisions = machine.decide(0.0)
     for incarnation in range(1, MAX_CRASHES_WITHOUT_RESULT + 1):
-        machine.handle(ready(incarnation=incarnation))
+        machine.handle(ready(incarnation=incarnation), 0.0)
         machine.decide(0.0)
-        machine.handle(failed(incarnation=incarnation, reason="segmentation fault"))
+        machine.handle(failed(incarnation=incarnation, reason="segmentation fault"), 0.0)
         decisions = machine.decide(0.0)
     finish = decisions[-1]
     assert isinstance(finish, FinishRun)
@@ -361,15 +367,15 @@ def test_workers_that_always_die_end_the_run() -> None:
 def test_drain_lets_what_is_in_flight_end_and_starts_nothing() -> None:
     machine = scheduler(num_workers=2, num_rows=100)
     machine.decide(0.0)
-    machine.handle(ready("w0"))
+    machine.handle(ready("w0"), 0.0)
     first, second = dispatches(machine.decide(0.1))
     machine.drain()
-    machine.handle(ready("w1"))
+    machine.handle(ready("w1"), 0.0)
     assert not machine.wants_rows
     assert machine.decide(0.2) == []
-    machine.handle(done(first))
+    machine.handle(done(first), 0.0)
     assert len(ended(machine.decide(0.3))) == 4
-    machine.handle(done(second))
+    machine.handle(done(second), 0.0)
     decisions = machine.decide(0.4)
     assert len(ended(decisions)) == 4
     assert decisions[-1] == FinishRun()
@@ -378,10 +384,10 @@ def test_drain_lets_what_is_in_flight_end_and_starts_nothing() -> None:
 def test_a_crash_while_draining_ends_the_run() -> None:
     machine = scheduler(num_rows=100)
     machine.decide(0.0)
-    machine.handle(ready())
+    machine.handle(ready(), 0.0)
     machine.decide(0.1)
     machine.drain()
-    machine.handle(failed())
+    machine.handle(failed(), 0.0)
     assert machine.decide(0.2) == [FinishRun()]
 
 
@@ -412,16 +418,16 @@ def simulate(
         if starting and (not busy or rng.random() < 0.5):
             start = starting.pop(rng.randrange(len(starting)))
             queues[start.worker_id, start.incarnation] = []
-            machine.handle(ready(start.worker_id, start.incarnation))
+            machine.handle(ready(start.worker_id, start.incarnation), 0.0)
         elif busy:
             key = rng.choice(busy)
             batch = queues[key][0].batch
             renders.update(row.request_id for row in batch.requests)
             if dies(batch):
                 del queues[key]
-                machine.handle(failed(*key))
+                machine.handle(failed(*key), 0.0)
             else:
-                machine.handle(done(queues[key].pop(0), max_batch_size=rng.randint(1, 8)))
+                machine.handle(done(queues[key].pop(0), max_batch_size=rng.randint(1, 8)), 0.0)
     raise AssertionError("the run does not end")
 
 
@@ -431,7 +437,7 @@ def test_each_row_ends_once_whatever_dies(seed: int) -> None:
     num_rows = rng.randint(1, 300)
     poison = {request(n).request_id for n in rng.sample(range(num_rows), min(2, num_rows))}
     machine = Scheduler(
-        [f"w{index}" for index in range(rng.randint(1, 5))],
+        [Place(worker_id=f"w{index}") for index in range(rng.randint(1, 5))],
         EngineConfig(
             batch_size=rng.choice(["auto", 1, 4]),
             batches_in_flight=rng.randint(1, 4),
