@@ -103,6 +103,7 @@ class EncodeReply:
     errors: tuple[str | None, ...]
     encode_s: float
     num_from_disk: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +125,8 @@ class DenoiseReply:
     profile: str
     dtype: str
     latents_bytes: int
+    device: str = ""
+    """What the rows were denoised on: their results name it."""
     warnings: tuple[str, ...] = ()
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from raydiff.config import MemoryConfig, ModelConfig
-from raydiff.engine.worker import RenderedBatch
+from raydiff.engine.messages import Role
+from raydiff.engine.renderer import RenderedBatch
 from raydiff.errors import EngineError, ModelError
 from raydiff.pipelines.base import Pipeline
 from raydiff.pipelines.load import load_pipeline
@@ -22,7 +23,12 @@ class PipelineRenderer:
     """
 
     def __init__(
-        self, *, model: ModelConfig, memory: MemoryConfig, preload: ModelInfo | None = None
+        self,
+        *,
+        model: ModelConfig,
+        memory: MemoryConfig,
+        preload: ModelInfo | None = None,
+        role: Role = "fused",
     ) -> None:
         self._model = model
         self._memory = memory

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from raydiff.engine.hook import find_hook, make_hook
-from raydiff.engine.worker import Failure, WorkerInfo, attempt
+from raydiff.engine.messages import WorkerInfo
+from raydiff.engine.worker import Failure, attempt
 from raydiff.errors import ConfigError, RowError
 from raydiff.output.frames import is_video, media_path, read_image
 from raydiff.output.scores import FileScore, Value, columns_of

@@ -4,28 +4,45 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from raydiff.engine.worker import RenderedBatch
-from raydiff.errors import EngineError, OutOfMemoryError
+from raydiff.engine.messages import Role, TextKey, texts_of
+from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload, RenderedBatch
+from raydiff.errors import EngineError, OutOfMemoryError, RowError
 from raydiff.request import RenderRequest
+
+PROFILES = ("full_gpu", "balanced", "gpu_poor")
 
 
 class FaultyRenderer:
-    """Renders noise; a prompt with `raise`, `die`, `crash` or `lose the GPU` fails in that way.
+    """Renders noise. A prompt with one of these words fails in that way, where it is denoised:
 
-    log: file that gets a line for each row that is rendered: request_id, process, batch size,
-    and the GPUs that CUDA would show.
+    `raise`, `die` (SIGKILL), `crash` (in native code), `lose the GPU`, `hang` (for ever), `slow`
+    (`slow_s` longer), `NaN` (no latents, without an exception), `heavy` (fits no profile but the
+    poorest). `unreadable` raises where it is encoded, `black` fails where it is decoded.
+
+    log: file that gets a line for each row that is denoised (request_id, process, batch size, the
+    GPUs that CUDA would show) and, in an encode worker, one for each text (`encoded`, the text).
     max_rows: more rows in a batch are out of memory. row_ms: milliseconds that a row takes.
     """
 
-    def __init__(self, *, log: str, row_ms: float = 1, max_rows: int = 8) -> None:
+    def __init__(
+        self,
+        *,
+        log: str,
+        row_ms: float = 1,
+        max_rows: int = 8,
+        slow_s: float = 2,
+        role: Role = "fused",
+    ) -> None:
         self._log = Path(log)
         self._row_ms = row_ms
         self._max_rows = max_rows
+        self._slow_s = slow_s
+        self._profile = 0
 
     def start(self) -> str:
         return "cpu"
@@ -34,24 +51,80 @@ class FaultyRenderer:
         return 8
 
     def render(self, requests: Sequence[RenderRequest]) -> RenderedBatch:
+        errors, denoise_s = self._denoise(requests)
+        return self._decoded(requests, errors, denoise_s)
+
+    def encode(self, texts: Sequence[TextKey]) -> EncodedTexts:
+        for key in texts:
+            if "unreadable" in key.text:
+                raise RowError(f"{key.text!r} cannot be encoded")
+        self._write_lines(f"encoded {key.text}" for key in texts)
+        return EncodedTexts([_embeds(key) for key in texts], 0)
+
+    def render_encoded(
+        self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, Payload]
+    ) -> RenderedBatch:
+        _check_embeds(requests, embeds)
+        return self.render(requests)
+
+    def denoise(
+        self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, Payload]
+    ) -> DenoisedBatch:
+        _check_embeds(requests, embeds)
+        errors, denoise_s = self._denoise(requests)
+        return DenoisedBatch(
+            latents=[np.full((4, 8, 8), request.seed, np.float32) for request in requests],
+            warnings=_warnings(requests),
+            errors=errors,
+            encode_s=0.0,
+            denoise_s=denoise_s,
+            peak_vram_bytes=None,
+            profile=PROFILES[self._profile],
+            dtype="float32",
+        )
+
+    def decode(
+        self, requests: Sequence[RenderRequest], latents: Sequence[Payload]
+    ) -> RenderedBatch:
+        for request, one in zip(requests, latents, strict=True):
+            if not isinstance(one, np.ndarray) or one[0, 0, 0] != request.seed:
+                raise ValueError(f"{request.request_id}: the latents are another row's")
+        return self._decoded(requests, [None] * len(requests), 0.0)
+
+    def step_down(self) -> str | None:
+        if self._profile + 1 == len(PROFILES):
+            self._profile = 0
+            return None
+        self._profile += 1
+        return f"profile {PROFILES[self._profile]}"
+
+    def _denoise(self, requests: Sequence[RenderRequest]) -> tuple[list[str | None], float]:
         for request in requests:
             self._fail(request.prompt)
-        if len(requests) > self._max_rows:
+        is_heavy = any("heavy" in request.prompt for request in requests)
+        if len(requests) > self._max_rows or (is_heavy and self._profile + 1 < len(PROFILES)):
             raise OutOfMemoryError(f"{len(requests)} rows do not fit")
         elapsed_s = self._row_ms / 1000 * len(requests)
+        elapsed_s += self._slow_s * sum("slow" in request.prompt for request in requests)
         time.sleep(elapsed_s)
         about = f"{os.getpid()} {len(requests)} gpus={os.environ.get('CUDA_VISIBLE_DEVICES')}"
-        with self._log.open("a") as log:
-            log.writelines(f"{request.request_id} {about}\n" for request in requests)
+        self._write_lines(f"{request.request_id} {about}" for request in requests)
+        return ["NaN in latents" if "NaN" in one.prompt else None for one in requests], elapsed_s
+
+    def _decoded(
+        self, requests: Sequence[RenderRequest], errors: Sequence[str | None], denoise_s: float
+    ) -> RenderedBatch:
+        black = ["VAE overflow" if "black" in request.prompt else None for request in requests]
         return RenderedBatch(
             pixels=[self._pixels(request) for request in requests],
-            warnings=["cut" if "long" in request.prompt else None for request in requests],
+            warnings=_warnings(requests),
             encode_s=0.0,
-            denoise_s=elapsed_s,
+            denoise_s=denoise_s,
             decode_s=0.0,
             peak_vram_bytes=None,
-            profile="cpu_only",
+            profile=PROFILES[self._profile],
             dtype="float32",
+            errors=[error or late for error, late in zip(errors, black, strict=True)],
         )
 
     def _fail(self, prompt: str) -> None:
@@ -63,6 +136,12 @@ class FaultyRenderer:
             os.kill(os.getpid(), signal.SIGKILL)
         if "crash" in prompt:
             ctypes.string_at(0)
+        while "hang" in prompt:
+            time.sleep(1)
+
+    def _write_lines(self, lines: Iterable[str]) -> None:
+        with self._log.open("a") as log:
+            log.writelines(f"{line}\n" for line in lines)
 
     def _pixels(self, request: RenderRequest) -> np.ndarray:
         rng = np.random.default_rng(request.seed)
@@ -77,3 +156,20 @@ class UnstartableRenderer:
 
     def start(self) -> str:
         raise RuntimeError("no such device")
+
+
+def _embeds(key: TextKey) -> np.ndarray:
+    """An embedding that says whose it is."""
+    return np.frombuffer(key.text.encode() or b"\0", np.uint8)
+
+
+def _check_embeds(requests: Sequence[RenderRequest], embeds: Mapping[TextKey, Payload]) -> None:
+    for request in requests:
+        for key in texts_of(request):
+            one = embeds[key]
+            if not isinstance(one, np.ndarray) or not np.array_equal(one, _embeds(key)):
+                raise ValueError(f"{key.text!r}: the embedding is another text's")
+
+
+def _warnings(requests: Sequence[RenderRequest]) -> list[str | None]:
+    return ["cut" if "long" in request.prompt else None for request in requests]

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from raydiff.config import OutputConfig
-from raydiff.engine.worker import BatchReply, Worker, WorkerSpec
+from raydiff.engine.messages import BatchReply
+from raydiff.engine.worker import Worker, WorkerSpec
 from raydiff.errors import EngineError
 from raydiff.output import writer as writer_module
 from raydiff.request import RenderBatch
@@ -119,7 +120,7 @@ def test_a_lost_device_is_the_worker_s_failure_not_the_rows(
 def test_a_disk_error_is_no_row_s_failure(out: Path, make_batch: MakeBatch) -> None:
     (out / "images").write_text("in the way")
     (reply,) = run(spec(out), [make_batch(["a", "b", "c"])])
-    assert reply.results == []
+    assert reply.results == ()
     assert reply.disk_error is not None
     assert "images" in reply.disk_error
 
