@@ -1,22 +1,21 @@
 """What a run would do, without doing it: rows, duplicates, bad rows, batches, what is done."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raydiff.batching import BatchKey
 from raydiff.config import RunConfig, SweepConfig
 from raydiff.engine.known_models import KnownModels, known_models
 from raydiff.errors import ConfigError
 from raydiff.manifest.reader import AxisSummary, Manifest, open_manifest, prompts_manifest
-from raydiff.manifest.rows import read_rows
+from raydiff.manifest.row_checks import RowChecks, Shape
 from raydiff.manifest.sweep import open_sweep
 from raydiff.memory.gpus import GpuInfo, visible_gpus
 from raydiff.memory.profiles import Profile, resolve_profile
-from raydiff.output.keys import Keys, row_key, row_keys
+from raydiff.output.keys import Keys, image_keys, row_keys
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.part_files import map_parts
 from raydiff.output.run_file import check_same_run
@@ -66,42 +65,53 @@ class PlanReport:
 def plan(config: RunConfig) -> PlanReport:
     """Read and check every row. Raises InputError where `render` would; writes nothing.
 
-    Memory is about 100 bytes for each distinct request.
+    Memory is about 40 bytes for each image.
     """
     manifest = open_rows(config)
     models = known_models(config.model)
-    rows = read_rows(manifest, config=config, models=models)
-    done_rows = _done_rows(manifest, config, models)
-    bad_rows: list[str] = []
-    counts: Counter[str] = Counter()
-    seen: set[bytes] = set()
-    seen_done: set[bytes] = set()
-    shapes: Counter[BatchKey] = Counter()
-    for row in rows:
-        is_done = row_key(row.row_index, row.image_index) in done_rows
-        counts.update(images=1, done=is_done, bad=row.request is None)
-        if row.request is None:
-            if len(bad_rows) < MAX_BAD_ROWS:
-                bad_rows.append(row.error or "")
-            continue
-        request_id = bytes.fromhex(row.request.request_id)
-        if request_id not in seen:
-            shapes[BatchKey(row.request.model, row.request.height, row.request.width)] += 1
-        seen.add(request_id)
-        if is_done:
-            seen_done.add(request_id)
+    checks = RowChecks(manifest, config=config, models=models, max_errors=MAX_BAD_ROWS)
+    done = _done_rows(manifest, config, models)
+    num_images = num_done = num_bad = 0
+    requests: list[Keys] = [np.empty(0, np.uint64)]
+    shapes: list[NDArray[np.int32]] = [np.empty(0, np.int32)]
+    done_requests: list[NDArray[np.bool_]] = [np.empty(0, np.bool_)]
+    for images in checks:
+        is_done = done.contains(image_keys(images.row_index, images.image_index))
+        is_good = images.shape >= 0
+        num_images += len(is_good)
+        num_done += int(is_done.sum())
+        num_bad += int((~is_good).sum())
+        requests.append(images.request[is_good])
+        shapes.append(images.shape[is_good])
+        done_requests.append(is_done[is_good])
+    all_requests = np.concatenate(requests)
+    del requests
+    distinct, first_image = np.unique(all_requests, return_index=True)
+    is_done = np.concatenate(done_requests)
     return PlanReport(
         num_rows=min(manifest.num_rows, config.limit or manifest.num_rows),
-        num_images=counts["images"],
-        num_bad=counts["bad"],
-        bad_rows=tuple(bad_rows),
-        num_distinct=len(seen),
-        num_duplicates=counts["images"] - counts["bad"] - len(seen),
-        num_done=counts["done"],
-        num_new=len(seen) - len(seen_done),
-        batches=tuple(_batches(shapes, config, models)),
+        num_images=num_images,
+        num_bad=num_bad,
+        bad_rows=tuple(checks.errors),
+        num_distinct=len(distinct),
+        num_duplicates=len(all_requests) - len(distinct),
+        num_done=num_done,
+        num_new=len(distinct) - len(np.unique(all_requests[is_done])),
+        batches=tuple(
+            _batches(_count_shapes(np.concatenate(shapes), first_image, checks), config, models)
+        ),
         axes=manifest.axes,
     )
+
+
+def _count_shapes(
+    shapes: NDArray[np.int32], first_images: NDArray[np.int64], checks: RowChecks
+) -> list[tuple[Shape, int]]:
+    """Return the shapes of the distinct requests, the most frequent first, then the first met."""
+    order = np.sort(first_images)
+    found, first, counts = np.unique(shapes[order], return_index=True, return_counts=True)
+    ranked = sorted(zip(-counts, first, found, strict=True))
+    return [(checks.shapes[shape], -int(negative)) for negative, _, shape in ranked]
 
 
 def open_rows(config: RunConfig) -> Manifest:
@@ -145,12 +155,12 @@ def _done_rows(manifest: Manifest, config: RunConfig, models: KnownModels) -> So
 
 
 def _batches(
-    shapes: Counter[BatchKey], config: RunConfig, models: KnownModels
+    shapes: Sequence[tuple[Shape, int]], config: RunConfig, models: KnownModels
 ) -> Iterator[PlannedBatches]:
     """Size the batches as a worker on the first GPU would."""
     gpu = next(iter(visible_gpus()), None)
     profiles: dict[str, Profile] = {}
-    for key, num_requests in shapes.most_common():
+    for key, num_requests in shapes:
         if key.model not in profiles:
             profiles[key.model] = _profile(models(key.model), config, gpu)
         profile = profiles[key.model]

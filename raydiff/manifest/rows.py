@@ -31,14 +31,19 @@ def read_rows(
     the row names the model. Row numbers in messages are row indices, counted from 0. Raises
     ConfigError at once for a default that no row could use, ManifestError for a damaged file.
     """
+    return _rows(manifest, config, row_rules(manifest, config, models), start_row)
+
+
+def row_rules(manifest: Manifest, config: RunConfig, models: Models) -> "RowRules":
+    """Return the rules that the rows of a run keep. Raises ConfigError, ModelError."""
     _run_defaults(config)
     root = config.input.root
     if root is not None and not Path(root).expanduser().is_dir():
         raise ConfigError(f"input.root: {root} is not a folder. Name the init images' folder.")
-    rules = _RowRules(manifest, config, models)
+    rules = RowRules(manifest, config, models)
     if "model" not in manifest.schema.names:
         rules.check_run_sizes()
-    return _rows(manifest, config, rules, start_row)
+    return rules
 
 
 def extra_schema(manifest: Manifest) -> pa.Schema:
@@ -53,7 +58,7 @@ def extra_schema(manifest: Manifest) -> pa.Schema:
 
 
 def _rows(
-    manifest: Manifest, config: RunConfig, rules: "_RowRules", start_row: int
+    manifest: Manifest, config: RunConfig, rules: "RowRules", start_row: int
 ) -> Iterator[ManifestRow]:
     schema = extra_schema(manifest)
     extra_names = list(extra_columns(manifest.schema))
@@ -68,7 +73,7 @@ def _rows(
 
 
 def _images(
-    row_index: int, given: dict[str, Any], rules: "_RowRules", extra: pa.RecordBatch | None
+    row_index: int, given: dict[str, Any], rules: "RowRules", extra: pa.RecordBatch | None
 ) -> Iterator[ManifestRow]:
     try:
         seed, num_images, values = rules.apply(row_index, given)
@@ -94,7 +99,7 @@ class _Target:
     defaults: dict[str, Any]
 
 
-class _RowRules:
+class RowRules:
     """The rules of a row that need more than one value: the run's defaults, the model, files."""
 
     def __init__(self, manifest: Manifest, config: RunConfig, models: Models) -> None:

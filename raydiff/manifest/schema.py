@@ -98,7 +98,7 @@ def known_values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     Text that is not valid UTF-8 comes as bytes, for `check_value` to refuse.
     """
     names = [name for name in COLUMNS if name in batch.schema.names]
-    columns = [_python_values(batch.column(name)) for name in names]
+    columns = [python_values(batch.column(name)) for name in names]
     for cells in zip(*columns, strict=True):
         yield {name: value for name, value in zip(names, cells, strict=True) if value is not None}
 
@@ -142,11 +142,18 @@ def _whole(name: str, value: float) -> int:
     return int(value)
 
 
-def _python_values(array: pa.Array) -> list[Any]:
+def plain_array(array: pa.Array) -> pa.Array:
+    """Return an array without a dictionary, its fractions as float64."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if pa.types.is_floating(array.type) or pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
+    return array
+
+
+def python_values(array: pa.Array) -> list[Any]:
+    """Return the values of a known column; text that is not valid UTF-8 comes as bytes."""
+    array = plain_array(array)
     try:
         values: list[Any] = array.to_pylist()
     except UnicodeDecodeError:

@@ -1,5 +1,7 @@
 """Rows and requests as 64-bit integers, so that millions of them fit in memory and sort fast."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -23,9 +25,12 @@ def request_key(request_id: str) -> int:
 
 def row_keys(table: pa.Table) -> Keys:
     """Return row_index and image_index of each row as `row_key` does."""
-    rows: Keys = table["row_index"].to_numpy().astype(np.uint64)
-    images: Keys = table["image_index"].to_numpy().astype(np.uint64)
-    return rows << IMAGE_BITS | images
+    return image_keys(table["row_index"].to_numpy(), table["image_index"].to_numpy())
+
+
+def image_keys(row_index: NDArray[Any], image_index: NDArray[Any]) -> Keys:
+    """Return images of rows as `row_key` does."""
+    return row_index.astype(np.uint64) << IMAGE_BITS | image_index.astype(np.uint64)
 
 
 def request_keys(request_ids: pa.ChunkedArray) -> tuple[Keys, NDArray[np.int64]]:

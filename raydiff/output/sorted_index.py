@@ -31,6 +31,14 @@ class SortedIndex:
                 return True
         return False
 
+    def contains(self, wanted: Keys) -> NDArray[np.bool_]:
+        """Return which of these keys are there."""
+        is_there = np.zeros(len(wanted), np.bool_)
+        for keys, _ in self._runs:
+            places = np.minimum(keys.searchsorted(wanted), len(keys) - 1)
+            is_there |= keys[places] == wanted
+        return is_there
+
     def find(self, key: int) -> list[int]:
         """Return the values of `key`, oldest first."""
         wanted = np.uint64(key)

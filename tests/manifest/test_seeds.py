@@ -1,6 +1,6 @@
 """Seeds of rows that name none: stable, spread, and blind to what is not the row's."""
 
-from raydiff.manifest.seeds import derive_seed
+from raydiff.manifest.seeds import SeedContent, derive_seed
 
 
 def test_the_seed_of_a_row_stays_what_it_was() -> None:
@@ -25,3 +25,12 @@ def test_seeds_spread_over_32_bits() -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
     for bit in range(32):
         assert 1800 < sum(seed >> bit & 1 for seed in seeds) < 2200
+
+
+def test_rows_of_common_settings_get_the_seeds_they_get_alone() -> None:
+    settings = {"guidance_scale": 7.5, "height": 64, "num_inference_steps": 4, "width": 64}
+    content = SeedContent({**settings, "num_images": 2, "sampler": "euler"})
+    for prompt, negative in (("a cat ☕", None), ('"', ""), ("\x00", "blurry\\")):
+        texts = {"prompt": prompt} | ({} if negative is None else {"negative_prompt": negative})
+        alone = derive_seed({**settings, **texts, "sampler": "euler", "num_images": 5}, 3)
+        assert content.seed(3, prompt, negative) == alone
