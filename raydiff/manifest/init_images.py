@@ -1,15 +1,23 @@
-"""Init images: found inside the input root, opened once to see that they decode, and hashed."""
+"""Init images: found inside the input root, opened once to see that they decode, and hashed;
+opened again, as strictly, where they are rendered."""
 
 import hashlib
 import re
 import stat
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raydiff.errors import RowError
 from raydiff.manifest.schema import quoted
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 REMEMBERED_IMAGES = 16384
@@ -50,21 +58,44 @@ def find_init_image(text: str, root: Path | None) -> tuple[str, str]:
 @lru_cache(maxsize=REMEMBERED_IMAGES)
 def _checked_sha256(path: str, size_bytes: int, mtime_ns: int) -> str:
     """Decode the image and hash its file; size and time are there as keys of the cache."""
+    with _opened(path) as file:
+        _decode(file)
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_init_image(path: str) -> "Image.Image":
+    """Return the image at `path`, found and checked before, as RGB.
+
+    Raises RowError where it is gone by now, too large or damaged.
+    """
+    with _opened(path) as file:
+        return _decode(file)
+
+
+def _decode(file: BufferedReader) -> "Image.Image":
     from PIL import Image  # a plain manifest needs no Pillow
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file, formats=FORMATS) as image:
+            return image.convert("RGB")
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BufferedReader]:
+    """Open the file; what is wrong with it, or with the image in it, is a RowError."""
+    from PIL import Image
+
     try:
-        with Path(path).open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                image.load()
-            file.seek(0)
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with Path(path).open("rb") as file:
+            yield file
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RowError(
             f"init_image {path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels. Scale it down."
         ) from None
-    except PermissionError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise RowError(f"init_image {path}: {error.strerror}. Make it readable.") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise RowError(

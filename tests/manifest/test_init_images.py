@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from raydiff.errors import RowError
-from raydiff.manifest.init_images import find_init_image
+from raydiff.manifest.init_images import find_init_image, read_init_image
 
 NOBODY = 65534
 SUFFIXES = ("png", "jpg", "webp")
@@ -142,7 +142,16 @@ def test_random_damage_is_a_row_error_or_still_an_image(tmp_path: Path, suffix: 
             find_init_image(path.name, tmp_path)
         except RowError:
             num_refused += 1
+            with pytest.raises(RowError):
+                read_init_image(str(path))
+        else:
+            assert read_init_image(str(path)).mode == "RGB"
     assert num_refused > 20
+
+
+def test_a_file_that_is_gone_when_it_is_rendered(tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=r"gone\.png: No such file"):
+        read_init_image(str(tmp_path / "gone.png"))
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
