@@ -14,7 +14,7 @@ from raydiff.manifest.reader import AxisSummary, Manifest, open_manifest, prompt
 from raydiff.manifest.row_checks import RowChecks, Shape
 from raydiff.manifest.sweep import open_sweep
 from raydiff.memory.gpus import GpuInfo, visible_gpus
-from raydiff.memory.profiles import Profile, resolve_profile
+from raydiff.memory.profiles import DTYPE_BYTES, Profile, compute_dtype, resolve_profile
 from raydiff.output.keys import Keys, image_keys, row_keys
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.part_files import map_parts
@@ -62,13 +62,14 @@ class PlanReport:
     """What the job's sweep varies."""
 
 
-def plan(config: RunConfig) -> PlanReport:
+def plan(config: RunConfig, *, models: KnownModels | None = None) -> PlanReport:
     """Read and check every row. Raises InputError where `render` would; writes nothing.
 
+    `models` finds the models that rows name; None finds them as `render` does.
     Memory is about 40 bytes for each image.
     """
     manifest = open_rows(config)
-    models = known_models(config.model)
+    models = models or known_models(config.model)
     checks = RowChecks(manifest, config=config, models=models, max_errors=MAX_BAD_ROWS)
     done = _done_rows(manifest, config, models)
     num_images = num_done = num_bad = 0
@@ -179,11 +180,6 @@ def _batches(
 
 
 def _profile(info: ModelInfo, config: RunConfig, gpu: GpuInfo | None) -> Profile:
-    dtype = config.model.dtype
-    is_float32 = dtype == "float32" or (
-        dtype == "auto" and (gpu is None or config.memory.profile == "cpu_only")
-    )
-    component_bytes = {
-        name: count * (4 if is_float32 else 2) for name, count in info.num_parameters.items()
-    }
+    num_bytes = DTYPE_BYTES[compute_dtype(config.model.dtype, config.memory, gpu)]
+    component_bytes = {name: count * num_bytes for name, count in info.num_parameters.items()}
     return resolve_profile(config.memory, info.family, component_bytes, gpu)

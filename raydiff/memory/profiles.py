@@ -10,17 +10,19 @@ from typing import Any, Literal
 
 import yaml
 
-from raydiff.config import MemoryConfig, ProfileName
+from raydiff.config import DTypeName, MemoryConfig, ProfileName
 from raydiff.config_files import config_file
 from raydiff.errors import ConfigError
 from raydiff.memory.gpus import GpuInfo
 
 Cleanup = Literal["none", "phase", "step"]
 Guidance = Literal["batched", "sequential"]
+ComputeDType = Literal["float32", "bfloat16", "float16"]
 
 PROFILES: tuple[ProfileName, ...] = ("full_gpu", "balanced", "gpu_poor", "extreme", "cpu_only")
 """From the most VRAM to the least."""
 
+DTYPE_BYTES: dict[ComputeDType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1024**3
 CARD_TOLERANCE = 0.9
 """A card sold as N GB may report a tenth less than N GiB (ECC, reserved memory: T4, A10)."""
@@ -74,6 +76,14 @@ def load_profile(name: ProfileName) -> Profile:
     values: dict[str, Any] = yaml.safe_load(config_file("profiles", name).read_text("utf-8"))
     values.pop("description")
     return Profile(name=name, **values)
+
+
+def compute_dtype(name: DTypeName, memory: MemoryConfig, gpu: GpuInfo | None) -> ComputeDType:
+    """Return what weights are loaded in: `auto` is float32 on the CPU and bfloat16 on a GPU."""
+    if name != "auto":
+        return name
+    is_on_gpu = gpu is not None and memory.profile != "cpu_only"
+    return "bfloat16" if is_on_gpu else "float32"
 
 
 def resolve_profile(

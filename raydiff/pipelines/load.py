@@ -11,7 +11,7 @@ from raydiff.config import DTypeName, MemoryConfig, ModelConfig, ProfileName
 from raydiff.diffusion.schedule import ScheduleConfig
 from raydiff.errors import ConfigError, ModelError
 from raydiff.memory.gpus import GpuInfo, visible_gpus
-from raydiff.memory.profiles import Profile, resolve_profile
+from raydiff.memory.profiles import DTYPE_BYTES, Profile, compute_dtype, resolve_profile
 from raydiff.memory.residency import compute_device, resting_device
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
@@ -57,15 +57,15 @@ def load_pipeline(
             model, revision=config.revision, variant=config.variant, dtype=config.dtype
         )
     gpu = _gpu(device)
-    compute_dtype = _compute_dtype(config.dtype, memory, gpu)
+    compute = compute_dtype(config.dtype, memory, gpu)
     component_bytes = {
-        name: count * compute_dtype.itemsize for name, count in model.num_parameters.items()
+        name: count * DTYPE_BYTES[compute] for name, count in model.num_parameters.items()
     }
     policy = resolve_profile(memory, model.family, component_bytes, gpu)
-    if compute_dtype == torch.float32:
+    if compute == "float32":
         # Convolutions round to TF32 by default: 10 bits of mantissa where 23 were asked for.
         torch.backends.cudnn.allow_tf32 = False
-    return _build(model, policy, config, compute_dtype)
+    return _build(model, policy, config, DTYPES[compute])
 
 
 def _with(section: Any, **values: Any) -> Any:
@@ -90,13 +90,6 @@ def _gpu(device: str | None) -> GpuInfo | None:
     torch.cuda.set_device(index)
     uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
     return next(gpu for gpu in visible_gpus() if gpu.uuid == uuid)
-
-
-def _compute_dtype(name: DTypeName, memory: MemoryConfig, gpu: GpuInfo | None) -> torch.dtype:
-    if name != "auto":
-        return DTYPES[name]
-    is_on_gpu = gpu is not None and memory.profile != "cpu_only"
-    return torch.bfloat16 if is_on_gpu else torch.float32
 
 
 def _vae_dtype(name: DTypeName, dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from raydiff.config import MemoryConfig
 from raydiff.config_files import config_names
 from raydiff.errors import ConfigError
 from raydiff.memory.gpus import GpuInfo
-from raydiff.memory.profiles import GIB, PROFILES, load_profile, resolve_profile
+from raydiff.memory.profiles import GIB, PROFILES, compute_dtype, load_profile, resolve_profile
 
 SDXL_BF16 = {
     "unet": 5_134_927_368,
@@ -51,6 +51,14 @@ def test_every_profile_is_a_file_and_every_file_a_profile() -> None:
 def test_auto_goes_by_the_card_as_sold(total_mib: int, expected: str) -> None:
     profile = resolve_profile(MemoryConfig(), "sdxl", SDXL_BF16, gpu(total_mib))
     assert profile.name == expected
+
+
+def test_auto_dtype_goes_by_where_the_weights_are() -> None:
+    on_cpu = MemoryConfig(profile="cpu_only")
+    assert compute_dtype("auto", MemoryConfig(), gpu(16_376)) == "bfloat16"
+    assert compute_dtype("auto", on_cpu, gpu(16_376)) == "float32"
+    assert compute_dtype("auto", MemoryConfig(), None) == "float32"
+    assert compute_dtype("float16", on_cpu, None) == "float16"
 
 
 def test_auto_without_a_gpu_is_cpu_only() -> None:
