@@ -85,34 +85,38 @@ def plan(config: RunConfig, *, models: KnownModels | None = None) -> PlanReport:
         requests.append(images.request[is_good])
         shapes.append(images.shape[is_good])
         done_requests.append(is_done[is_good])
-    all_requests = np.concatenate(requests)
-    del requests
-    distinct, first_image = np.unique(all_requests, return_index=True)
-    is_done = np.concatenate(done_requests)
+    first_images, num_rendered = _distinct(np.concatenate(requests), np.concatenate(done_requests))
+    found = _count_shapes(np.concatenate(shapes)[first_images], checks.shapes)
     return PlanReport(
         num_rows=min(manifest.num_rows, config.limit or manifest.num_rows),
         num_images=num_images,
         num_bad=num_bad,
         bad_rows=tuple(checks.errors),
-        num_distinct=len(distinct),
-        num_duplicates=len(all_requests) - len(distinct),
+        num_distinct=len(first_images),
+        num_duplicates=num_images - num_bad - len(first_images),
         num_done=num_done,
-        num_new=len(distinct) - len(np.unique(all_requests[is_done])),
-        batches=tuple(
-            _batches(_count_shapes(np.concatenate(shapes), first_image, checks), config, models)
-        ),
+        num_new=len(first_images) - num_rendered,
+        batches=tuple(_batches(found, config, models)),
         axes=manifest.axes,
     )
 
 
-def _count_shapes(
-    shapes: NDArray[np.int32], first_images: NDArray[np.int64], checks: RowChecks
-) -> list[tuple[Shape, int]]:
-    """Return the shapes of the distinct requests, the most frequent first, then the first met."""
-    order = np.sort(first_images)
-    found, first, counts = np.unique(shapes[order], return_index=True, return_counts=True)
+def _distinct(requests: Keys, is_done: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
+    """Return the first place of each distinct request, in order, and how many have one done."""
+    if not len(requests):
+        return np.empty(0, np.int64), 0
+    order = np.argsort(requests, kind="stable")
+    ordered = requests[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    num_done = int(np.logical_or.reduceat(is_done[order], starts).sum())
+    return np.sort(order[starts]), num_done
+
+
+def _count_shapes(shapes: NDArray[np.int32], known: Sequence[Shape]) -> list[tuple[Shape, int]]:
+    """Count the distinct requests of each shape, the most frequent first, then the first met."""
+    found, first, counts = np.unique(shapes, return_index=True, return_counts=True)
     ranked = sorted(zip(-counts, first, found, strict=True))
-    return [(checks.shapes[shape], -int(negative)) for negative, _, shape in ranked]
+    return [(known[shape], -int(negative)) for negative, _, shape in ranked]
 
 
 def open_rows(config: RunConfig) -> Manifest:

@@ -25,7 +25,7 @@ from raydiff.manifest.columns import (
 from raydiff.manifest.reader import Manifest
 from raydiff.manifest.rows import Models, row_rules
 from raydiff.manifest.schema import COLUMNS, MAX_SEED, check_value, known_values, plain_array
-from raydiff.manifest.seeds import SeedContent
+from raydiff.manifest.seeds import SeedContent, derive_seeds
 from raydiff.request import RenderRequest, with_request_id
 
 CHUNK_ROWS = 65_536
@@ -103,11 +103,17 @@ class RowChecks:
         is_bad |= seed.values > MAX_SEED - (num_images - 1)
         is_bad &= ~is_alone
         if self._default_seed is None:
-            for row in np.flatnonzero(~(seed.is_given | is_bad | is_alone)).tolist():
-                content = settings[group[row]].seed_content
-                seed.values[row] = content.seed(
-                    first_row + row, prompt.values[row], negative.values[row]
+            unseeded = np.flatnonzero(~(seed.is_given | is_bad | is_alone))
+            seed.values[unseeded] = derive_seeds(
+                settings[which].seed_content.canonical(row, *texts)
+                for which, row, *texts in zip(
+                    group[unseeded].tolist(),
+                    (first_row + unseeded).tolist(),
+                    prompt.values[unseeded],
+                    negative.values[unseeded],
+                    strict=True,
                 )
+            )
         keys = np.array([one.key for one in settings], np.uint64)[group]
         negative.hashes[~negative.is_given] = hash(self._default_negative) % 2**64
         return _Rows(

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from json.encoder import encode_basestring_ascii
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def derive_seed(values: dict[str, Any], row_index: int) -> int:
@@ -14,7 +18,7 @@ def derive_seed(values: dict[str, Any], row_index: int) -> int:
     """
     content = {name: value for name, value in values.items() if name != "num_images"}
     canonical = _CANONICAL_JSON.encode([row_index, content])
-    return _hashed(canonical)
+    return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=4).digest(), "big")
 
 
 class SeedContent:
@@ -33,19 +37,21 @@ class SeedContent:
             else:
                 self._tail += f",{text}"
 
-    def seed(self, row_index: int, prompt: str, negative_prompt: str | None) -> int:
-        """Return the seed of one of the rows, as `derive_seed` does."""
+    def canonical(self, row_index: int, prompt: str, negative_prompt: str | None) -> str:
+        """Return the canonical form of one of the rows."""
         negative = ""
         if negative_prompt is not None:
             negative = f'"negative_prompt":{encode_basestring_ascii(negative_prompt)},'
-        return _hashed(
+        return (
             f"[{row_index},{{{self._head}{negative}{self._middle}"
             f'"prompt":{encode_basestring_ascii(prompt)}{self._tail}}}]'
         )
 
 
-def _hashed(canonical: str) -> int:
-    return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=4).digest(), "big")
+def derive_seeds(canonical_rows: Iterable[str]) -> NDArray[np.int64]:
+    """Return what `derive_seed` does for rows in their canonical form."""
+    hashes = [hashlib.blake2b(row.encode(), digest_size=4).digest() for row in canonical_rows]
+    return np.frombuffer(b"".join(hashes), ">u4").astype(np.int64)
 
 
 _CANONICAL_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))

@@ -80,7 +80,7 @@ def check_against_rows(manifest: Manifest, config: RunConfig) -> tuple[int, int,
 
 
 def random_columns(rng: random.Random, num_rows: int) -> dict[str, Any]:
-    """Return columns in which good values are the rule, equal rows are common and nothing is safe."""
+    """Return columns in which good values are the rule and equal rows common."""
 
     def column(values: list[Any], type_: pa.DataType, bad: list[Any] = []) -> pa.Array:  # noqa: B006
         null_share = rng.choice([0, 0, 0.3, 1])

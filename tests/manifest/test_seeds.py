@@ -1,6 +1,6 @@
 """Seeds of rows that name none: stable, spread, and blind to what is not the row's."""
 
-from raydiff.manifest.seeds import SeedContent, derive_seed
+from raydiff.manifest.seeds import SeedContent, derive_seed, derive_seeds
 
 
 def test_the_seed_of_a_row_stays_what_it_was() -> None:
@@ -33,4 +33,4 @@ def test_rows_of_common_settings_get_the_seeds_they_get_alone() -> None:
     for prompt, negative in (("a cat ☕", None), ('"', ""), ("\x00", "blurry\\")):
         texts = {"prompt": prompt} | ({} if negative is None else {"negative_prompt": negative})
         alone = derive_seed({**settings, **texts, "sampler": "euler", "num_images": 5}, 3)
-        assert content.seed(3, prompt, negative) == alone
+        assert derive_seeds([content.canonical(3, prompt, negative)]) == [alone]
