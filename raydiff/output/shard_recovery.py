@@ -1,0 +1,63 @@
+"""What is in a shard that has no index: one whose process was killed, or whose index was lost."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raydiff.output.tar_samples import Sample, read_samples
+from raydiff.request import RenderResult
+
+TOLD_IN_SAMPLES = ("profile", "dtype", "batch_size", "device", "warning")
+"""What a sample's .json says of its result, beside sha256: what has to do with its pixels."""
+
+
+class FoundSample(NamedTuple):
+    """A whole sample, as bytes of the tar, and the result that it is of."""
+
+    data: bytes
+    result: RenderResult
+
+
+def find_samples(path: Path, num_members: int) -> Iterator[FoundSample]:
+    """Yield the whole samples of a tar, each of `num_members`, that are what they were.
+
+    A sample whose image does not have the sha256 that its .json says is passed over.
+    """
+    finished_at = path.stat().st_mtime
+    with path.open("rb") as file:
+        for sample in read_samples(path, num_members):
+            file.seek(sample.start)
+            data = file.read(sample.end - sample.start)
+            media = _slice(data, sample, sample.offset, sample.size_bytes)
+            digest = hashlib.sha256(media).hexdigest()
+            told = _told(data, sample)
+            if told is None or told.get("sha256", digest) != digest:
+                continue
+            result = RenderResult(
+                request_id=sample.key,
+                status="completed",
+                sha256=digest,
+                size_bytes=sample.size_bytes,
+                member=sample.member,
+                offset=sample.offset,
+                finished_at=finished_at,
+                **{name: told.get(name) for name in TOLD_IN_SAMPLES},
+            )
+            yield FoundSample(data, result)
+
+
+def _told(data: bytes, sample: Sample) -> dict[str, Any] | None:
+    """Return what a sample's .json says, nothing if it has none; None if that is damaged."""
+    if "json" not in sample.texts:
+        return {}
+    try:
+        values = json.loads(_slice(data, sample, *sample.texts["json"]))
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _slice(data: bytes, sample: Sample, offset: int, size: int) -> bytes:
+    return data[offset - sample.start :][:size]
