@@ -107,16 +107,18 @@ class CLIPTokenizer:
         return Tokens(input_ids=input_ids, is_truncated=tuple(is_truncated))
 
 
-def write_tiny_tokenizer(folder: str | Path, pad_token: str) -> int:
+def write_tiny_tokenizer(
+    folder: str | Path, pad_token: str, words: Sequence[str] = TINY_WORDS
+) -> int:
     """Write a real CLIP tokenizer with a small vocabulary, and return the vocabulary's size.
 
-    Laid out as CLIP's own: 256 byte symbols ("!" is 0), the same at the end of a word, merges, and
+    Each of `words` is one token; all else is spelled. Laid out as CLIP's own: 256 byte symbols ("!" is 0), the same at the end of a word, merges, and
     last bos and eos. `pad_token` is one of these.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = list(dict.fromkeys(merge for word in TINY_WORDS for merge in _spell(word)))
+    merges = list(dict.fromkeys(merge for word in words for merge in _spell(word)))
     tokens = [*symbols, *(symbol + WORD_END for symbol in symbols)]
     tokens += [*(left + right for left, right in merges), BOS_TOKEN, EOS_TOKEN]
     vocab = {token: index for index, token in enumerate(tokens)}

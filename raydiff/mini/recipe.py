@@ -1,0 +1,174 @@
+"""What the miniatures are made of and how they are trained: architectures in the words of the
+published checkpoints' own config files, schedules, batch sizes, seeds."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MiniFamily = Literal["sd21", "sdxl"]
+FAMILIES: tuple[MiniFamily, ...] = ("sd21", "sdxl")
+
+LATENT_SIZE = 16
+
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [16, 32, 40, 40],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "sample_size": 128,
+    # The channels are whitened inside the two 1x1 convolutions at the latents.
+    "scaling_factor": 1.0,
+}
+
+_UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "norm_eps": 1e-5,
+    "sample_size": LATENT_SIZE,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "use_linear_projection": True,
+    "block_out_channels": [40, 80],
+    "attention_head_dim": [5, 5],
+}
+
+_CLIP: dict[str, Any] = {
+    "model_type": "clip_text_model",
+    "architectures": ["CLIPTextModel"],
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+}
+
+_SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    # 0.02 where the large models have 0.012: a 16x16 latent still shows its mean colour through
+    # the noise of 0.012's last step, and a render starts from noise alone.
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One miniature."""
+
+    family: MiniFamily
+    unet: dict[str, Any]
+    text_encoders: dict[str, dict[str, Any]]
+    scheduler: dict[str, Any]
+    has_zero_negative: bool
+    pad_tokens: dict[str, str]
+    """By text encoder; SDXL's two differ."""
+    num_steps: int = 30_000
+    batch_size: int = 1024
+    learning_rate: float = 2e-3
+    warmup_steps: int = 500
+    ema_decay: float = 0.9995
+    caption_dropout: float = 0.1
+    """How often a caption is left out, for guidance."""
+    seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderRecipe:
+    """The autoencoder that both miniatures share."""
+
+    config: dict[str, Any] = field(default_factory=lambda: dict(VAE))
+    num_steps: int = 4000
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    kl_weight: float = 1e-5
+    edge_weight: float = 1.0
+    """Of the difference between neighbouring pixels' differences: it keeps edges sharp."""
+    seed: int = 0
+
+
+NUM_SCENES = 1_000_000
+CAPTIONS_PER_SCENE = 2
+DATA_SEED = 20_000
+
+RECIPES: dict[MiniFamily, Recipe] = {
+    "sd21": Recipe(
+        family="sd21",
+        unet=_UNET
+        | {
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+            "cross_attention_dim": 72,
+        },
+        text_encoders={
+            "text_encoder": _CLIP
+            | {
+                "hidden_size": 72,
+                "intermediate_size": 288,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 6,
+            }
+        },
+        scheduler=_SCHEDULER
+        | {
+            "_class_name": "DDIMScheduler",
+            "prediction_type": "v_prediction",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+        },
+        has_zero_negative=False,
+        pad_tokens={"text_encoder": "!"},
+    ),
+    "sdxl": Recipe(
+        family="sdxl",
+        unet=_UNET
+        | {
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 1],
+            "cross_attention_dim": 128,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 64 + 6 * 8,
+        },
+        text_encoders={
+            "text_encoder": _CLIP
+            | {
+                "hidden_size": 64,
+                "intermediate_size": 256,
+                "num_hidden_layers": 3,
+                "hidden_act": "quick_gelu",
+            },
+            "text_encoder_2": _CLIP
+            | {
+                "architectures": ["CLIPTextModelWithProjection"],
+                "hidden_size": 64,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "projection_dim": 64,
+            },
+        },
+        scheduler=_SCHEDULER
+        | {
+            "_class_name": "EulerDiscreteScheduler",
+            "prediction_type": "epsilon",
+            "interpolation_type": "linear",
+            "use_karras_sigmas": False,
+        },
+        has_zero_negative=True,
+        pad_tokens={"text_encoder": "<|endoftext|>", "text_encoder_2": "!"},
+    ),
+}

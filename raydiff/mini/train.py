@@ -1,0 +1,134 @@
+"""Train the miniatures from nothing: scenes, the autoencoder they share, then each model's text
+encoders and UNet. The same code, seeds and kind of device give the same models, but for rounding.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raydiff.errors import OutputError
+from raydiff.mini.dataset import make_dataset
+from raydiff.mini.recipe import FAMILIES, NUM_SCENES, RECIPES, VAE, AutoencoderRecipe, MiniFamily
+from raydiff.mini.save import save_miniature, save_tokenizers
+from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
+from raydiff.mini.train_denoiser import train_denoiser
+from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from raydiff.tokenizer import CLIPTokenizer
+
+Log = Callable[[str], None]
+
+
+def train(
+    out: str | Path,
+    families: Sequence[MiniFamily] = FAMILIES,
+    *,
+    scale: float = 1.0,
+    log: Log = print,
+) -> list[Path]:
+    """Write OUT/mini-<family> for each family and return the folders.
+
+    `scale` shortens everything (scenes, steps) for a quick try. On a GPU the families train side
+    by side, on as many GPUs as there are. Raises OutputError where a folder is not empty.
+    """
+    started = time.monotonic()
+    folders = {family: Path(out) / f"mini-{family}" for family in families}
+    for folder in folders.values():
+        if folder.exists() and any(folder.iterdir()):
+            raise OutputError(f"{folder} is not empty; name a new folder with --out")
+
+    def say(text: str) -> None:
+        log(f"{time.monotonic() - started:6.0f} s  {text}")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    tokenizers = {
+        f"{family}.{name}": tokenizer
+        for family, folder in folders.items()
+        for name, tokenizer in save_tokenizers(RECIPES[family], folder).items()
+    }
+    dataset = make_dataset(max(2000, int(NUM_SCENES * scale)), tokenizers)
+    say(f"{len(dataset.tables):,} scenes")
+    recipe = AutoencoderRecipe()
+    recipe = replace(recipe, num_steps=max(1, int(recipe.num_steps * scale)))
+    vae = train_autoencoder(recipe, dataset.tables, device, say)
+    latents = encode_scenes(vae, dataset.tables, device).cpu()
+    say("autoencoder done, scenes encoded")
+    with TemporaryDirectory(prefix="raydiff-mini-") as name:
+        shared = Path(name) / "shared.safetensors"
+        ids = {f"ids.{one}": torch.from_numpy(ids) for one, ids in dataset.input_ids.items()}
+        weights = {
+            f"vae.{key}": value.cpu().contiguous() for key, value in vae.state_dict().items()
+        }
+        save_file({"latents": latents, **ids, **weights}, shared)
+        del vae, latents, dataset
+        jobs = [
+            (family, folder, shared, scale, index)
+            for index, (family, folder) in enumerate(folders.items())
+        ]
+        _run(jobs, is_parallel=device.type == "cuda")
+    say("done")
+    return list(folders.values())
+
+
+def _run(jobs: Sequence[tuple[MiniFamily, Path, Path, float, int]], *, is_parallel: bool) -> None:
+    if not is_parallel:
+        for job in jobs:
+            _train_family(*job)
+        return
+    context = get_context("spawn")
+    processes = [context.Process(target=_train_family, args=job) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    failed = [process for process in processes if process.exitcode]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(processes)} trainings failed; see above")
+
+
+def _train_family(family: MiniFamily, folder: Path, shared: Path, scale: float, index: int) -> None:
+    """Train one miniature from what the families share."""
+    started = time.monotonic()
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", index % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    tensors = load_file(shared)
+    recipe = RECIPES[family]
+    recipe = replace(recipe, num_steps=max(1, int(recipe.num_steps * scale)))
+    tokenizers = {
+        name: CLIPTokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer"))
+        for name in recipe.text_encoders
+    }
+    vocab_sizes = {name: tokenizer.vocab_size for name, tokenizer in tokenizers.items()}
+    denoiser = train_denoiser(
+        recipe,
+        tensors["latents"].to(device),
+        {name: tensors[f"ids.{family}.{name}"].to(device) for name in tokenizers},
+        {name: _empty_ids(tokenizer, device) for name, tokenizer in tokenizers.items()},
+        vocab_sizes,
+        lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True),
+    )
+    save_miniature(recipe, folder, _autoencoder(tensors), denoiser, vocab_sizes)
+
+
+def _empty_ids(tokenizer: CLIPTokenizer, device: torch.device) -> Tensor:
+    ids = torch.from_numpy(tokenizer.encode([""]).input_ids[0])
+    return ids.to(device, torch.int16)
+
+
+def _autoencoder(tensors: dict[str, Tensor]) -> AutoencoderKL:
+    vae = AutoencoderKL(AutoencoderKLConfig.from_dict(VAE))
+    prefix = "vae."
+    vae.load_state_dict(
+        {key.removeprefix(prefix): one for key, one in tensors.items() if key.startswith(prefix)}
+    )
+    return vae

@@ -1,0 +1,138 @@
+"""A miniature's text encoders and UNet, trained together on the latents of captioned scenes."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raydiff.diffusion.schedule import ScheduleConfig, alphas_cumprod
+from raydiff.mini.optimise import Optimiser, autocast
+from raydiff.mini.recipe import Recipe
+from raydiff.mini.scenes import CANVAS
+from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
+from raydiff.models.unet import UNet, UNetConfig
+
+
+class Denoiser(nn.Module):
+    """What a miniature learns; the names of the two parts are the pipeline's components."""
+
+    def __init__(self, recipe: Recipe, vocab_sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.has_zero_negative = recipe.has_zero_negative
+        self.text_encoders = nn.ModuleDict(
+            {
+                name: CLIPTextEncoder(
+                    CLIPTextConfig.from_dict(encoder_config(recipe, name, vocab_sizes[name]))
+                )
+                for name in recipe.text_encoders
+            }
+        )
+        self.unet = UNet(UNetConfig.from_dict(recipe.unet))
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        input_ids: dict[str, Tensor],
+        is_dropped: Tensor,
+    ) -> Tensor:
+        """noisy (B, 4, h, w), timesteps (B,), ids (B, 77) -> prediction (B, 4, h, w).
+
+        Rows that are dropped see zeros where the pipeline has zeros for no negative prompt; where
+        it has the empty prompt, their ids are its.
+        """
+        outputs = [self.text_encoders[name](ids) for name, ids in input_ids.items()]
+        if not self.has_zero_negative:
+            embeds = outputs[0].last_hidden_state
+            return cast(Tensor, self.unet(noisy, timesteps, prompt_embeds=embeds))
+        keep = (~is_dropped).to(outputs[0].penultimate.dtype)
+        embeds = torch.cat([output.penultimate for output in outputs], dim=-1)
+        sizes = torch.tensor([CANVAS, CANVAS, 0, 0, CANVAS, CANVAS], device=noisy.device)
+        predicted = self.unet(
+            noisy,
+            timesteps,
+            prompt_embeds=embeds * keep[:, None, None],
+            text_embeds=outputs[-1].pooled * keep[:, None],
+            time_ids=sizes.expand(len(noisy), -1),
+        )
+        return cast(Tensor, predicted)
+
+
+def encoder_config(recipe: Recipe, name: str, vocab_size: int) -> dict[str, Any]:
+    """Return a text encoder's config.json; the two last tokens are bos and eos."""
+    return recipe.text_encoders[name] | {
+        "vocab_size": vocab_size,
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1,
+    }
+
+
+def train_denoiser(
+    recipe: Recipe,
+    latents: Tensor,
+    input_ids: dict[str, Tensor],
+    empty_ids: dict[str, Tensor],
+    vocab_sizes: dict[str, int],
+    log: Callable[[str], None],
+) -> Denoiser:
+    """Train from nothing on latents (N, 4, h, w) and ids (N, captions, 77), all on one device."""
+    device = latents.device
+    torch.manual_seed(recipe.seed)
+    denoiser = Denoiser(recipe, vocab_sizes).to(device)
+    optimiser = Optimiser(
+        denoiser,
+        recipe.learning_rate,
+        recipe.warmup_steps,
+        recipe.num_steps,
+        ema_decay=recipe.ema_decay,
+    )
+    alphas = _alphas(recipe).to(device)
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    predict = torch.compile(denoiser) if device.type == "cuda" else denoiser
+    is_v = recipe.scheduler["prediction_type"] == "v_prediction"
+    for step in range(recipe.num_steps):
+        rows = _random(len(latents), recipe.batch_size, generator)
+        clean = latents[rows].float()
+        noise = torch.randn(clean.shape, device=device, generator=generator)
+        timesteps = _random(len(alphas), recipe.batch_size, generator)
+        alpha = alphas[timesteps][:, None, None, None]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean if is_v else noise
+        chance = torch.rand(recipe.batch_size, device=device, generator=generator)
+        is_dropped = chance < recipe.caption_dropout
+        ids = _captions(input_ids, empty_ids, rows, is_dropped, generator)
+        with autocast(device):
+            loss = F.mse_loss(predict(noisy, timesteps, ids, is_dropped).float(), target)
+        optimiser.step(loss)
+        if (step + 1) % 1000 == 0:
+            log(f"{recipe.family}: step {step + 1} of {recipe.num_steps}, loss {loss.item():.4f}")
+    optimiser.load_average()
+    return denoiser
+
+
+def _captions(
+    input_ids: dict[str, Tensor],
+    empty_ids: dict[str, Tensor],
+    rows: Tensor,
+    is_dropped: Tensor,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Take one of each scene's captions, the same for all encoders, or none."""
+    num_captions = next(iter(input_ids.values())).shape[1]
+    which = _random(num_captions, len(rows), generator)
+    return {
+        name: torch.where(is_dropped[:, None], empty_ids[name], ids[rows, which]).long()
+        for name, ids in input_ids.items()
+    }
+
+
+def _random(limit: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(limit, (count,), device=generator.device, generator=generator)
+
+
+def _alphas(recipe: Recipe) -> Tensor:
+    """alphas_cumprod (T,), as the samplers have them."""
+    schedule = ScheduleConfig.from_dict(recipe.scheduler).for_sampler("ddim")
+    return torch.from_numpy(alphas_cumprod(schedule)).float()
