@@ -1,7 +1,7 @@
 """Load a checkpoint into a resident pipeline: profile first, then each component straight to the
 device where it rests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,18 @@ from raydiff.config import DTypeName, MemoryConfig, ModelConfig, ProfileName
 from raydiff.diffusion.schedule import ScheduleConfig
 from raydiff.errors import ConfigError, ModelError
 from raydiff.memory.gpus import GpuInfo, visible_gpus
-from raydiff.memory.profiles import DTYPE_BYTES, Profile, compute_dtype, resolve_profile
+from raydiff.memory.profiles import (
+    DTYPE_BYTES,
+    Profile,
+    component_kind,
+    compute_dtype,
+    resolve_profile,
+)
 from raydiff.memory.residency import compute_device, resting_device
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
-from raydiff.pipelines.base import Pipeline
+from raydiff.pipelines.base import STAGES, Pipeline, Stage
 from raydiff.pipelines.sdxl import SDXLPipeline
 from raydiff.pipelines.stable_diffusion import Components, StableDiffusionPipeline
 from raydiff.request import ModelInfo
@@ -26,6 +32,13 @@ from raydiff.weights.load import load_weights
 from raydiff.weights.resolve import resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+STAGES_OF: dict[str, frozenset[Stage]] = {
+    "text_encoder": frozenset({"encode"}),
+    "unet": frozenset({"denoise"}),
+    "vae": frozenset({"denoise", "decode"}),
+}
+"""The stages that use a kind of component; init images are encoded where they are denoised."""
 
 FAMILIES: dict[str, type[StableDiffusionPipeline]] = {
     "sd21": StableDiffusionPipeline,
@@ -39,6 +52,7 @@ def load_pipeline(
     profile: ProfileName | str = "auto",
     device: str | None = None,
     dtype: DTypeName = "auto",
+    stages: Collection[Stage] = STAGES,
     config: ModelConfig | None = None,
     memory: MemoryConfig | None = None,
 ) -> Pipeline:
@@ -46,8 +60,10 @@ def load_pipeline(
 
     model: alias, Hub id, local folder or single .safetensors file, or what resolve_model returned.
     profile: a memory profile, or auto. device: `cpu` or `cuda`, None takes a GPU if there is one.
-    dtype: auto is float32 on CPU and bfloat16 on CUDA. `config` and `memory` carry the other
-    choices of a run; the arguments above lie over them.
+    dtype: auto is float32 on CPU and bfloat16 on CUDA. stages: what it will be asked to do; the
+    weights of other stages are not loaded, and where there is no GPU a pipeline of some stages is
+    cpu_only, whatever the run's profile. `config` and `memory` carry the other choices of a run;
+    the arguments above lie over them.
     Raises ModelError for a checkpoint that cannot be used, ConfigError for choices that clash.
     """
     config = _with(config or ModelConfig(), dtype=dtype)
@@ -57,15 +73,24 @@ def load_pipeline(
             model, revision=config.revision, variant=config.variant, dtype=config.dtype
         )
     gpu = _gpu(device)
+    if gpu is None and set(stages) != set(STAGES):
+        memory = MemoryConfig(profile="cpu_only")
     compute = compute_dtype(config.dtype, memory, gpu)
     component_bytes = {
-        name: count * DTYPE_BYTES[compute] for name, count in model.num_parameters.items()
+        name: count * DTYPE_BYTES[compute]
+        for name, count in model.num_parameters.items()
+        if is_needed(name, stages)
     }
     policy = resolve_profile(memory, model.family, component_bytes, gpu)
     if compute == "float32":
         # Convolutions round to TF32 by default: 10 bits of mantissa where 23 were asked for.
         torch.backends.cudnn.allow_tf32 = False
-    return _build(model, policy, config, DTYPES[compute])
+    return _build(model, policy, config, DTYPES[compute], stages)
+
+
+def is_needed(component: str, stages: Collection[Stage]) -> bool:
+    """Whether one of the stages uses a component."""
+    return not STAGES_OF[component_kind(component)].isdisjoint(stages)
 
 
 def _with(section: Any, **values: Any) -> Any:
@@ -99,12 +124,18 @@ def _vae_dtype(name: DTypeName, dtype: torch.dtype) -> torch.dtype:
 
 
 def _build(
-    info: ModelInfo, profile: Profile, config: ModelConfig, dtype: torch.dtype
+    info: ModelInfo,
+    profile: Profile,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    stages: Collection[Stage],
 ) -> StableDiffusionPipeline:
     checkpoint = open_checkpoint(Path(info.path), variant=config.variant, dtype=config.dtype)
     vae_dtype = _vae_dtype(config.vae_dtype, dtype)
 
     def load(component: str, build: Callable[[dict[str, Any]], Any], dtype: torch.dtype) -> Any:
+        if not is_needed(component, stages):
+            return None
         with torch.device("meta"):
             module = build(checkpoint.config(component))
         device = resting_device(component, profile)
@@ -113,7 +144,7 @@ def _build(
     text_encoders = {
         name: load(name, _text_encoder, dtype)
         for name in checkpoint.components
-        if name.startswith("text_encoder")
+        if name.startswith("text_encoder") and is_needed(name, stages)
     }
     components = Components(
         unet=load("unet", lambda config: UNet(UNetConfig.from_dict(config)), dtype),
@@ -166,5 +197,7 @@ def prepare(components: Components, profile: Profile) -> None:
 
     for encoder in components.text_encoders.values():
         encoder.prepare_for_inference()
-    components.unet.prepare_for_inference(channels_last=is_on_gpu("unet"))
-    components.vae.prepare_for_inference(channels_last=is_on_gpu("vae"))
+    if components.unet is not None:
+        components.unet.prepare_for_inference(channels_last=is_on_gpu("unet"))
+    if components.vae is not None:
+        components.vae.prepare_for_inference(channels_last=is_on_gpu("vae"))

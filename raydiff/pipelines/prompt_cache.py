@@ -18,6 +18,19 @@ class EncodedPrompt:
     pooled: Tensor | None
     is_truncated: bool
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both embeddings."""
+        return self.embeds.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+    def on_host(self) -> "EncodedPrompt":
+        """Return a copy in host memory, in tensors of its own."""
+        return EncodedPrompt(
+            embeds=self.embeds.to("cpu", copy=True),
+            pooled=None if self.pooled is None else self.pooled.to("cpu", copy=True),
+            is_truncated=self.is_truncated,
+        )
+
     def zeros_like(self) -> "EncodedPrompt":
         """Return the zero embedding of the same shape."""
         return EncodedPrompt(

@@ -13,7 +13,7 @@ from raydiff.request import RenderRequest
 class SDXLPipeline(StableDiffusionPipeline):
     """SDXL base. Build it with `raydiff.load_pipeline`."""
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[EncodedPrompt]:
+    def _encode_chunk(self, texts: Sequence[str]) -> list[EncodedPrompt]:
         """Concatenate both encoders' penultimate states; the second one's pooled text is kept."""
         states: list[Tensor] = []
         pooled: Tensor | None = None

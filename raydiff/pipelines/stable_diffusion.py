@@ -3,37 +3,36 @@
 SDXL (sdxl.py) differs in its text encoders and adds conditioning; the rest is shared from here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raydiff.batching import padded_size
 from raydiff.diffusion.denoise import DenoiseState, RowPlan
 from raydiff.diffusion.noise import draw, row_generators
 from raydiff.diffusion.schedule import ScheduleConfig
+from raydiff.errors import ConfigError, RowError
+from raydiff.manifest.schema import quoted
 from raydiff.memory.profiles import Profile
 from raydiff.memory.residency import Residency
 from raydiff.models.autoencoder_kl import AutoencoderKL, Moments, sample
 from raydiff.models.clip import CLIPTextEncoder
-from raydiff.models.tiling import tiled_decode, tiled_encode
+from raydiff.models.tiling import tiled_encode
 from raydiff.models.unet import UNet
-from raydiff.pipelines.base import Pipeline, PromptEmbeds
+from raydiff.pipelines.base import Decoded, Denoised, Pipeline, PromptEmbeds, Stage
 from raydiff.pipelines.guided_unet import GuidedUNet
 from raydiff.pipelines.init_image import load_init_image
 from raydiff.pipelines.prompt_cache import EncodedPrompt, PromptCache
+from raydiff.pipelines.vae_decoder import VAE_TILE, VAE_TILE_OVERLAP, VAEDecoder
 from raydiff.request import ModelInfo, RenderRequest
 from raydiff.tokenizer import CLIPTokenizer
 
-ENCODE_BATCH = 32
-VAE_TILE = 512
-VAE_TILE_OVERLAP = 64
-"""Tiles of images too large to decode whole, in pixels."""
-
+ENCODE_CHUNK = 8
+"""Texts that a GPU encodes at once, always as many: its kernels, and so the last bits, go by it."""
 ATTENTION_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -42,13 +41,15 @@ ATTENTION_BACKENDS = [
 ]
 """cuDNN first: on Hopper its kernel runs 1.5x as fast as the flash kernel that torch prefers."""
 
+M = TypeVar("M")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Components:
-    """The loaded parts of one checkpoint."""
+    """The loaded parts of one checkpoint: those of the stages that were asked for."""
 
-    unet: UNet
-    vae: AutoencoderKL
+    unet: UNet | None
+    vae: AutoencoderKL | None
     text_encoders: dict[str, CLIPTextEncoder]
     """By component name, in the order in which their outputs are concatenated."""
     tokenizers: dict[str, CLIPTokenizer]
@@ -56,6 +57,13 @@ class Components:
     schedule: ScheduleConfig
     has_zero_negative: bool
     """An absent negative prompt is a zero embedding (SDXL), not an encoded empty prompt."""
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What is loaded, by component name; the UNet first."""
+        modules: dict[str, nn.Module | None] = {"unet": self.unet, "vae": self.vae}
+        loaded = {name: module for name, module in modules.items() if module is not None}
+        return {**loaded, **self.text_encoders}
 
 
 class StableDiffusionPipeline(Pipeline):
@@ -77,15 +85,16 @@ class StableDiffusionPipeline(Pipeline):
         self.vae_dtype = vae_dtype
         self.parts = components
         self.is_compiled = is_compiled
-        modules = {"unet": components.unet, "vae": components.vae, **components.text_encoders}
+        modules = components.modules
         self._residency = Residency(modules, profile)
-        self.device = self._residency.device_of("unet")
+        self.device = self._residency.device_of(next(iter(modules)))
         self._prompts = PromptCache()
-        self._unet: Callable[..., Tensor] = components.unet
-        self._vae_decode: Callable[[Tensor], Tensor] = components.vae.decode
-        if is_compiled:
-            self._unet = torch.compile(components.unet, fullgraph=True, dynamic=False)
-            self._vae_decode = torch.compile(components.vae.decode, fullgraph=True, dynamic=False)
+        if components.unet is not None:
+            self._unet: Callable[..., Tensor] = components.unet
+            if is_compiled:
+                self._unet = torch.compile(components.unet, fullgraph=True, dynamic=False)
+        if components.vae is not None:
+            self._decoder = VAEDecoder(components.vae, self._residency, is_compiled=is_compiled)
 
     def max_batch_size(self, height: int, width: int) -> int:
         """Return the memory profile's batch size; if compiled, one that no padding enlarges."""
@@ -95,12 +104,24 @@ class StableDiffusionPipeline(Pipeline):
     @torch.inference_mode()
     def encode(self, requests: Sequence[RenderRequest]) -> PromptEmbeds:
         """Encode the prompts and negative prompts of all requests, each distinct text once."""
+        texts = [text for request in requests for text in self._texts(request)]
+        return self.gather(requests, self._prompts.get_or_encode(texts, self._encode_texts))
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> list[EncodedPrompt]:
+        """Encode texts into host memory; each gets what it would get alone."""
+        return [encoded.on_host() for encoded in self._encode_texts(texts)]
+
+    @torch.inference_mode()
+    def gather(
+        self, requests: Sequence[RenderRequest], encoded: Mapping[str, EncodedPrompt]
+    ) -> PromptEmbeds:
+        """Return what `encode` does, of texts that are encoded already."""
+        for text in (text for request in requests for text in self._texts(request)):
+            if text not in encoded:
+                raise RowError(f"the embeddings of {quoted(text)} did not come with its row")
+        positive = [encoded[request.prompt] for request in requests]
         negatives = [self._negative_text(request) for request in requests]
-        texts = [request.prompt for request in requests]
-        encoded = self._prompts.get_or_encode(
-            [*texts, *(text for text in negatives if text is not None)], self._encode_texts
-        )
-        positive = [encoded[text] for text in texts]
         zero = positive[0].zeros_like()
         negative = [zero if text is None else encoded[text] for text in negatives]
         return PromptEmbeds(
@@ -108,25 +129,19 @@ class StableDiffusionPipeline(Pipeline):
             negative_prompt_embeds=torch.stack([row.embeds for row in negative]),
             pooled_prompt_embeds=_stack_pooled(positive),
             negative_pooled_prompt_embeds=_stack_pooled(negative),
-            warnings=tuple(
-                _truncation_warning(prompt, negative_prompt)
-                for prompt, negative_prompt in zip(positive, negative, strict=True)
-            ),
+            warnings=tuple(map(_truncation_warning, positive, negative)),
         )
 
     @torch.inference_mode()
-    def denoise(self, requests: Sequence[RenderRequest], embeds: PromptEmbeds) -> Tensor:
-        """Sample latents (B, 4, h, w) float32 from each request's seed under its own settings."""
+    def denoise_rows(self, requests: Sequence[RenderRequest], embeds: PromptEmbeds) -> Denoised:
+        """Sample latents (B, 4, h, w) float32 from each request's seed, and check them."""
+        unet, vae = self._needed(self.parts.unet, "denoise"), self._vae("denoise")
         generators = row_generators([request.seed for request in requests])
         # The posterior sample of an init image is drawn before the row's noise, as in diffusers.
         init_latents = self._encode_init_images(requests, generators)
-        factor = self.parts.vae.config.downscale
+        factor = vae.config.downscale
         first = requests[0]
-        shape = (
-            self.parts.vae.config.latent_channels,
-            first.height // factor,
-            first.width // factor,
-        )
+        shape = (vae.config.latent_channels, first.height // factor, first.width // factor)
         state = DenoiseState.start(
             [_row_plan(request) for request in requests],
             self.parts.schedule,
@@ -135,10 +150,11 @@ class StableDiffusionPipeline(Pipeline):
             generators=generators,
             device=self.device,
         )
+        sums = [state.latents.sum(dim=(1, 2, 3))]
         with self._residency.on_device("unet"), self._attention_backends():
             predict = GuidedUNet(
                 self._unet,
-                self.parts.unet,
+                unet,
                 embeds,
                 guidance_scales=[request.guidance_scale for request in requests],
                 guidance_rescales=[request.guidance_rescale for request in requests],
@@ -151,30 +167,33 @@ class StableDiffusionPipeline(Pipeline):
             while not state.is_done:
                 latents, timesteps, rows = state.model_input()
                 state.step(predict(latents, timesteps, rows))
-        return state.latents
+                sums.append(state.latents.sum(dim=(1, 2, 3)))
+        return Denoised(state.latents, self._latents_errors(torch.stack(sums)))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Decode latents (B, 4, h, w) to pixels (B, H, W, 3) uint8."""
-        device = self._residency.device_of("vae")
-        factor = self.parts.vae.config.downscale
-        pixels_per_image = latents.shape[-2] * latents.shape[-1] * factor**2
-        images_at_once = max(1, self.profile.vae_batch_pixels // pixels_per_image)
-        decoded = []
-        with self._residency.on_device("vae"):
-            for chunk in torch.split(latents, images_at_once):
-                raw = self.parts.vae.denormalize(chunk.to(device)).to(self.vae_dtype)
-                decoded.append(_to_uint8(self._decode_raw(raw, pixels_per_image)).cpu())
-        return torch.cat(decoded).numpy()
+    def decode_rows(self, latents: Tensor) -> Decoded:
+        """Decode latents (B, 4, h, w) to pixels (B, H, W, 3) uint8, and check them."""
+        self._vae("decode")
+        return self._decoder.decode(latents, self.profile)
 
-    def _decode_raw(self, raw: Tensor, pixels_per_image: int) -> Tensor:
-        limit = self.profile.vae_tile_pixels
-        if limit is not None and pixels_per_image > limit:
-            return tiled_decode(self.parts.vae, raw, tile_size=VAE_TILE, overlap=VAE_TILE_OVERLAP)
-        if not self.is_compiled:
-            return self._vae_decode(raw)
-        padding = padded_size(len(raw)) - len(raw)
-        return self._vae_decode(torch.cat([raw, raw[-1:].expand(padding, -1, -1, -1)]))[: len(raw)]
+    def _latents_errors(self, sums: Tensor) -> tuple[str | None, ...]:
+        """Say after which evaluation a row was not finite, from its sum after each: (E + 1, B)."""
+        is_finite = sums.isfinite().cpu().numpy()
+        remedy = "Try another guidance_scale or sampler, and check the checkpoint's files."
+        if self.dtype != torch.float32:
+            remedy = "Try --set model.dtype=float32."
+        return tuple(
+            None
+            if row[-1]
+            else f"NaN in latents after evaluation {row.argmin()} of the UNet in "
+            f"{self.dtype_name}. {remedy}"
+            for row in is_finite.T
+        )
+
+    def _texts(self, request: RenderRequest) -> list[str]:
+        """Return what has to be encoded for a request."""
+        negative = self._negative_text(request)
+        return [request.prompt] if negative is None else [request.prompt, negative]
 
     def _negative_text(self, request: RenderRequest) -> str | None:
         """Return the text to encode as the negative prompt; None stands for zeros."""
@@ -185,13 +204,20 @@ class StableDiffusionPipeline(Pipeline):
         return request.negative_prompt
 
     def _encode_texts(self, texts: Sequence[str]) -> list[EncodedPrompt]:
+        """Encode so that a text's embedding does not depend on those that it is encoded with."""
+        if not self.parts.text_encoders:
+            raise self._not_loaded("encode")
+        is_on_gpu = self._residency.device_of("text_encoder").type == "cuda"
+        size = ENCODE_CHUNK if is_on_gpu else 1
         encoded: list[EncodedPrompt] = []
         with self._residency.on_device(*self.parts.text_encoders):
-            for start in range(0, len(texts), ENCODE_BATCH):
-                encoded += self._encode_batch(texts[start : start + ENCODE_BATCH])
+            for start in range(0, len(texts), size):
+                chunk = list(texts[start : start + size])
+                padding = [chunk[-1]] * (size - len(chunk))
+                encoded += self._encode_chunk(chunk + padding)[: len(chunk)]
         return encoded
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[EncodedPrompt]:
+    def _encode_chunk(self, texts: Sequence[str]) -> list[EncodedPrompt]:
         tokens = self.parts.tokenizers["text_encoder"].encode(list(texts))
         device = self._residency.device_of("text_encoder")
         output = self.parts.text_encoders["text_encoder"](
@@ -225,7 +251,7 @@ class StableDiffusionPipeline(Pipeline):
         return rows
 
     def _sample_posterior(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        vae, limit = self.parts.vae, self.profile.vae_tile_pixels
+        vae, limit = self._vae("denoise"), self.profile.vae_tile_pixels
         pixels = pixels.to(self.vae_dtype)
         if limit is not None and pixels.shape[-2] * pixels.shape[-1] > limit:
             moments = tiled_encode(vae, pixels, tile_size=VAE_TILE, overlap=VAE_TILE_OVERLAP)
@@ -234,6 +260,20 @@ class StableDiffusionPipeline(Pipeline):
         moments = Moments(moments.mean.float(), moments.logvar.float())
         noise = draw([generator], tuple(moments.mean.shape[1:])).to(pixels.device)
         return vae.normalize(sample(moments, noise))
+
+    def _vae(self, stage: Stage) -> AutoencoderKL:
+        return self._needed(self.parts.vae, stage)
+
+    def _needed(self, part: M | None, stage: Stage) -> M:
+        if part is None:
+            raise self._not_loaded(stage)
+        return part
+
+    def _not_loaded(self, stage: Stage) -> ConfigError:
+        return ConfigError(
+            f"{stage}: this pipeline has only {', '.join(self.parts.modules)}. "
+            f"Load it with {stage!r} among its stages."
+        )
 
     def _attention_backends(self) -> AbstractContextManager[None]:
         if self.device.type == "cuda":
@@ -263,9 +303,3 @@ def _truncation_warning(prompt: EncodedPrompt, negative_prompt: EncodedPrompt) -
     if not cut:
         return None
     return f"{' and '.join(cut)} cut to 77 tokens"
-
-
-def _to_uint8(pixels: Tensor) -> Tensor:
-    """Turn (B, 3, H, W) in -1..1 into (B, H, W, 3) uint8, rounded to the nearest level."""
-    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
