@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,12 @@ from raydiff.memory.profiles import DTYPE_BYTES, Profile, compute_dtype, resolve
 from raydiff.output.keys import Keys, image_keys, row_keys
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.part_files import map_parts
-from raydiff.output.run_file import check_same_run
+from raydiff.output.run_file import check_same_run, is_run
 from raydiff.output.sorted_index import SortedIndex
+from raydiff.output.storage import open_storage
 from raydiff.request import ModelInfo
+
+T = TypeVar("T", bound=np.generic)
 
 MAX_BAD_ROWS = 20
 """Messages that a report quotes; the others are counted."""
@@ -85,8 +87,9 @@ def plan(config: RunConfig, *, models: KnownModels | None = None) -> PlanReport:
         requests.append(images.request[is_good])
         shapes.append(images.shape[is_good])
         done_requests.append(is_done[is_good])
-    first_images, num_rendered = _distinct(np.concatenate(requests), np.concatenate(done_requests))
-    found = _count_shapes(np.concatenate(shapes)[first_images], checks.shapes)
+    del done
+    first_images, num_rendered = _distinct(_joined(requests), _joined(done_requests))
+    found = _count_shapes(_joined(shapes)[first_images], checks.shapes)
     return PlanReport(
         num_rows=min(manifest.num_rows, config.limit or manifest.num_rows),
         num_images=num_images,
@@ -110,6 +113,13 @@ def _distinct(requests: Keys, is_done: NDArray[np.bool_]) -> tuple[NDArray[np.in
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     num_done = int(np.logical_or.reduceat(is_done[order], starts).sum())
     return np.sort(order[starts]), num_done
+
+
+def _joined(arrays: list[NDArray[T]]) -> NDArray[T]:
+    """Join arrays and let go of them: there are tens of bytes for each of millions of images."""
+    joined = np.concatenate(arrays)
+    arrays.clear()
+    return joined
 
 
 def _count_shapes(shapes: NDArray[np.int32], known: Sequence[Shape]) -> list[tuple[Shape, int]]:
@@ -144,7 +154,7 @@ def count_images(manifest: Manifest, config: RunConfig) -> int | None:
 def _done_rows(manifest: Manifest, config: RunConfig, models: KnownModels) -> SortedIndex:
     """Return the keys of the rows that the output folder has, if it is a run of this manifest."""
     keys: list[Keys] = [np.empty(0, np.uint64)]
-    if config.out is not None and (Path(config.out) / METADATA_DIR).is_dir():
+    if config.out is not None and is_run(config.out):
         check_same_run(
             config.out,
             config=config,
@@ -154,7 +164,7 @@ def _done_rows(manifest: Manifest, config: RunConfig, models: KnownModels) -> So
             models=models.revisions,
         )
         columns = ["row_index", "image_index"]
-        parts, _ = map_parts(Path(config.out) / METADATA_DIR, columns, row_keys)
+        parts, _ = map_parts(open_storage(config.out).folder(METADATA_DIR), columns, row_keys)
         keys += parts
     return SortedIndex(np.concatenate(keys))
 

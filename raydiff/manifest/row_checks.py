@@ -25,7 +25,7 @@ from raydiff.manifest.columns import (
 from raydiff.manifest.reader import Manifest
 from raydiff.manifest.rows import Models, row_rules
 from raydiff.manifest.schema import COLUMNS, MAX_SEED, check_value, known_values, plain_array
-from raydiff.manifest.seeds import SeedContent, derive_seeds
+from raydiff.manifest.seeds import SeedContent, derive_seeds, seed_content
 from raydiff.request import RenderRequest, with_request_id
 
 CHUNK_ROWS = 65_536
@@ -104,13 +104,13 @@ class RowChecks:
         is_bad &= ~is_alone
         if self._default_seed is None:
             unseeded = np.flatnonzero(~(seed.is_given | is_bad | is_alone))
+            contents = [one.seed_content for one in settings]
             seed.values[unseeded] = derive_seeds(
-                settings[which].seed_content.canonical(row, *texts)
-                for which, row, *texts in zip(
-                    group[unseeded].tolist(),
+                zip(
+                    map(contents.__getitem__, group[unseeded].tolist()),
                     (first_row + unseeded).tolist(),
-                    prompt.values[unseeded],
-                    negative.values[unseeded],
+                    prompt.values[unseeded].tolist(),
+                    negative.values[unseeded].tolist(),
                     strict=True,
                 )
             )
@@ -182,11 +182,11 @@ class RowChecks:
         try:
             _, num_images, fields = self._rules.apply(0, {"prompt": "", "seed": 0, **own})
         except RowError:
-            return _Settings(True, 1, 0, -1, SeedContent({}))
+            return _Settings(True, 1, 0, -1, seed_content({}))
         request = with_request_id(RenderRequest(**{**fields, "negative_prompt": None}, seed=0))
         checked = {name: check_value(name, value) for name, value in own.items()}
         return _Settings(
-            False, num_images, _key(request), self._shape(request), SeedContent(checked)
+            False, num_images, _key(request), self._shape(request), seed_content(checked)
         )
 
     def _shape(self, request: RenderRequest) -> int:

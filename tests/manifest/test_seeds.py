@@ -1,6 +1,6 @@
 """Seeds of rows that name none: stable, spread, and blind to what is not the row's."""
 
-from raydiff.manifest.seeds import SeedContent, derive_seed, derive_seeds
+from raydiff.manifest.seeds import derive_seed, derive_seeds, seed_content
 
 
 def test_the_seed_of_a_row_stays_what_it_was() -> None:
@@ -29,8 +29,8 @@ def test_seeds_spread_over_32_bits() -> None:
 
 def test_rows_of_common_settings_get_the_seeds_they_get_alone() -> None:
     settings = {"guidance_scale": 7.5, "height": 64, "num_inference_steps": 4, "width": 64}
-    content = SeedContent({**settings, "num_images": 2, "sampler": "euler"})
+    content = seed_content({**settings, "num_images": 2, "sampler": "euler"})
     for prompt, negative in (("a cat ☕", None), ('"', ""), ("\x00", "blurry\\")):
         texts = {"prompt": prompt} | ({} if negative is None else {"negative_prompt": negative})
         alone = derive_seed({**settings, **texts, "sampler": "euler", "num_images": 5}, 3)
-        assert derive_seeds([content.canonical(3, prompt, negative)]) == [alone]
+        assert derive_seeds([(content, 3, prompt, negative)]) == [alone]
