@@ -67,10 +67,11 @@ class StorageError(OSError):
     def __init__(self, uri: str, reason: str, remedy: str) -> None:
         super().__init__(errno.EIO, f"{reason}. {remedy}")
         self.uri = uri
+        self.reason = reason
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.uri}: {self.strerror}"
+        return f"{self.uri}: {self.reason}. {self.remedy}."
 
 
 class StoredFile(NamedTuple):
@@ -309,7 +310,10 @@ class ObjectStorage:
             except (BaseError, ValueError) as error:
                 limit_s = patience.total_s if connection.has_answered else patience.first_s
                 is_late = time.monotonic() - started + pause_s > limit_s
-                if not _is_transient(error) or is_late:
+                if not _is_transient(error):
+                    raise self._refused(name, error) from None
+                if is_late:
+                    connection.has_answered = False  # What comes next is told soon.
                     raise self._refused(name, error) from None
             else:
                 connection.has_answered = True
@@ -327,7 +331,7 @@ class ObjectStorage:
             remedy = f"Set {CREDENTIALS[scheme]}, and give them access to {self._root}"
         elif re.search(r"status code: 30\d", str(error)):
             remedy = "Set AWS_REGION to the bucket's region"
-        return StorageError(self.describe(name), reason, f"{remedy}; then try again")
+        return StorageError(self.describe(name), reason, remedy)
 
 
 class _RangeReader(io.RawIOBase):

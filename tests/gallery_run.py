@@ -16,6 +16,7 @@ from raydiff.config import RunConfig
 from raydiff.output.metadata_schema import COLUMNS, metadata_schema
 from raydiff.output.part_files import part_name, write_part
 from raydiff.output.run_file import start_run
+from raydiff.output.storage import open_storage
 
 DEFAULTS: dict[str, Any] = {
     "image_index": 0,
@@ -65,7 +66,7 @@ def write_run(out: Path, columns: Mapping[str, Sequence[Any]], *, sequence: int 
         for field in metadata_schema(extra)
     }
     (out / "metadata").mkdir(exist_ok=True)
-    write_part(out / "metadata" / part_name(1, sequence), iter([pa.table(fields)]))
+    write_part(open_storage(out / "metadata"), part_name(1, sequence), iter([pa.table(fields)]))
     return out
 
 

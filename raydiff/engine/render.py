@@ -105,11 +105,11 @@ def run_manifest(
     read_rows(manifest, config=config, models=models)
     with _start(manifest, config, models) as run:
         extra = extra_schema(manifest)
-        ledger = Ledger(run.out_dir, extra_schema=extra, config=config.output, lock=run.lock)
+        ledger = Ledger(run.storage, extra_schema=extra, config=config.output, lock=run.lock)
         for warning in ledger.warnings:
             (on_warning or _ignore)(warning)
         num_before = len(ledger)
-        spec = worker_spec(run.out_dir, config, renderer, arguments, resources)
+        spec = worker_spec(run.out, config, renderer, arguments, resources)
         cluster = LocalCluster(resources, spec)
         total = count_images(manifest, config)
         is_one_each = total is not None and config.defaults.num_images == 1
@@ -121,7 +121,7 @@ def run_manifest(
             ledger=ledger,
             scheduler=Scheduler(_places(resources), config.engine),
             cluster=cluster,
-            progress_file=ProgressFile(run.out_dir, epoch=run.lock.epoch, started_at=started),
+            progress_file=ProgressFile(run.storage, epoch=run.lock.epoch, started_at=started),
             on_progress=on_progress,
             on_warning=on_warning,
         )
@@ -134,7 +134,7 @@ def run_manifest(
         finally:
             cluster.close()
         return RunSummary(
-            out=str(run.out_dir),
+            out=run.out,
             **ledger.counts,
             duplicates=driver.num_duplicates,
             ended=len(ledger) - num_before,
@@ -162,7 +162,7 @@ def choose_resources(config: RunConfig, gpus: Sequence[GpuInfo]) -> Resources:
 
 
 def worker_spec(
-    out_dir: Path,
+    out: str,
     config: RunConfig,
     renderer: str,
     arguments: dict[str, Any],
@@ -177,7 +177,7 @@ def worker_spec(
     return WorkerSpec(
         renderer=renderer,
         arguments=arguments,
-        out=str(out_dir.resolve()),
+        out=out,
         output=config.output,
         batch_size=None if batch_size == "auto" else batch_size,
         num_write_threads=min(MAX_WRITE_THREADS, num_cores),

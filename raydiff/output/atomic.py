@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raydiff.errors import DiskError, OutputError
+from raydiff.object_storage import StorageError
 
 REMEDIES = {
     errno.ENOSPC: "Free space on that disk",
@@ -20,8 +21,13 @@ REMEDIES = {
 }
 
 
-def disk_error(path: Path, error: OSError) -> DiskError:
-    """Return the DiskError for `path`, which `error` kept from being written."""
+def disk_error(path: Path | str, error: OSError) -> DiskError:
+    """Return the DiskError for `path` (or a URI), which `error` kept from being written."""
+    if isinstance(error, StorageError):
+        return DiskError(
+            f"{error.uri}: could not be written: {error.reason}. {error.remedy}; the same command "
+            "then continues the run."
+        )
     reason = error.strerror or str(error)
     name = errno.errorcode.get(error.errno or 0, type(error).__name__)
     remedy = REMEDIES.get(error.errno or 0, "Make that path writable")

@@ -41,6 +41,7 @@ from raydiff.output.recovery import drop_rows, recover_parts, set_aside
 from raydiff.output.run_file import check_is_run
 from raydiff.output.scores import join_scores
 from raydiff.output.sorted_index import SortedIndex
+from raydiff.output.storage import Storage, open_storage
 from raydiff.request import ManifestRow, RenderResult, Status
 
 FANOUT_BITS = 4
@@ -64,7 +65,7 @@ class Ledger:
 
     def __init__(
         self,
-        out_dir: str | Path,
+        out: str | Path | Storage,
         *,
         extra_schema: pa.Schema,
         config: OutputConfig,
@@ -72,7 +73,8 @@ class Ledger:
     ) -> None:
         """Open or start the table. Raises EngineError without the lock, OutputError, DiskError."""
         lock.check()
-        self._folder = Path(out_dir) / METADATA_DIR
+        storage = open_storage(out)
+        self._folder = storage.folder(METADATA_DIR)
         self._extra_schema = extra_schema
         self._schema = metadata_schema(extra_schema)
         self._config = config
@@ -83,12 +85,9 @@ class Ledger:
         self._row_groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self.warnings: list[str] = []
         """What was found wrong on opening, one sentence each."""
-        try:
-            self._folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise disk_error(self._folder, error) from error
+        _make_folder(self._folder)
         self._sequence = last_sequence(self._folder, lock.epoch)
-        self._open(Path(out_dir))
+        self._open(storage)
 
     @property
     def counts(self) -> dict[Status, int]:
@@ -148,12 +147,12 @@ class Ledger:
         """
         if not self._pending:
             return 0
-        self._lock.check()
         rows = list(self._pending.values())
         table = build_table(rows, self._extra_schema)
         keys = row_keys(table)
         requests, places = request_keys(table["request_id"])
-        part_id = self._new_part_id(write_part(self._next_path(), iter([table])))
+        part = write_part(self._folder, self._next_name(), iter([table]), fence=self._lock.check)
+        part_id = self._new_part_id(part)
         self._done.extend(keys)
         self._requests.extend(requests, _locations(part_id, places))
         self._pending.clear()
@@ -163,24 +162,26 @@ class Ledger:
         _give_back_memory()
         return len(rows)
 
-    def _next_path(self) -> Path:
+    def _next_name(self) -> str:
         self._sequence += 1
-        return self._folder / part_name(self._lock.epoch, self._sequence)
+        return part_name(self._lock.epoch, self._sequence)
 
-    def _open(self, out_dir: Path) -> None:
+    def _open(self, out: Storage) -> None:
         """Index the parts of earlier sessions, once they are free of what a crash left."""
         while True:
             try:
-                parts = recover_parts(self._folder, out_dir, self._next_path, self.warnings)
+                parts = recover_parts(
+                    self._folder, out, self._next_name, self._lock.check, self.warnings
+                )
                 keys = read_row_keys(parts)
                 twice = later_doubles(keys, parts)
                 if not twice:
                     return self._load(parts, keys)
                 num_twice = sum(len(places) for places in twice.values())
                 self.warnings.append(f"{num_twice} rows stood twice in the metadata; one was kept.")
-                drop_rows(parts, twice, self._next_path)
+                drop_rows(parts, twice, self._next_name, self._lock.check)
             except DamagedPartError as error:
-                set_aside(error.path, self.warnings)
+                set_aside(self._folder, error.name, self.warnings)
 
     def _load(self, parts: list[Part], keys: Keys) -> None:
         self._live = dict(enumerate(parts))
@@ -225,8 +226,8 @@ class Ledger:
 
     def _merge(self, part_ids: list[int]) -> None:
         parts = [self._live[part_id] for part_id in part_ids]
-        self._lock.check()
-        merged_id = self._new_part_id(merge_parts(self._next_path(), parts))
+        merged = merge_parts(self._next_name(), parts, fence=self._lock.check)
+        merged_id = self._new_part_id(merged)
         first_row = 0
         for part_id, part in zip(part_ids, parts, strict=True):
             self._merged_into[part_id] = (merged_id, first_row)
@@ -256,6 +257,15 @@ class Ledger:
         return self._row_groups[key]
 
 
+def _make_folder(folder: Storage) -> None:
+    path = folder.local_path("")
+    try:
+        if path is not None:
+            path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise disk_error(folder.uri, error) from error
+
+
 def _give_back_memory() -> None:
     """Return freed memory to the system: Arrow keeps what a merge has used, glibc what sorting the
     index has, and a run of days would carry both along."""
@@ -265,23 +275,25 @@ def _give_back_memory() -> None:
 
 
 def read_results(
-    out_dir: str | Path, columns: Sequence[str] | None = None, *, scores: bool = False
+    out: str | Path | Storage, columns: Sequence[str] | None = None, *, scores: bool = False
 ) -> pa.Table:
     """Return the metadata of a run, finished or not, sorted by row_index and image_index.
 
     Some columns take less memory than all; row_index and image_index always come first then.
     With `scores`, the columns that `raydiff score` made come last, request_id being read too.
-    Raises OutputError if `out_dir` is not a run. A damaged part is left out, with a warning.
+    Raises OutputError if `out` is not a run. A damaged part is left out, with a warning.
     """
-    check_is_run(out_dir)
+    check_is_run(out)
     if scores:
         wanted = None if columns is None else ["request_id", *columns]
-        return join_scores(read_results(out_dir, wanted), out_dir)
+        return join_scores(read_results(out, wanted), out)
     empty = metadata_schema(pa.schema([])).empty_table()
     if columns is not None:
         columns = list(dict.fromkeys([*ROW_COLUMNS, *columns]))
         empty = empty.select([name for name in columns if name in empty.column_names])
-    tables, damaged = map_parts(Path(out_dir) / METADATA_DIR, columns, lambda table: table)
+    tables, damaged = map_parts(
+        open_storage(out).folder(METADATA_DIR), columns, lambda table: table
+    )
     for path in damaged:
         warnings.warn(f"{path}: damaged; its rows are left out", stacklevel=2)
     table = pa.concat_tables([empty, *tables], promote_options="default")
@@ -292,13 +304,13 @@ def read_results(
     return _take(table, order[is_first]).replace_schema_metadata()
 
 
-def read_results_schema(out_dir: str | Path) -> pa.Schema:
+def read_results_schema(out: str | Path | Storage) -> pa.Schema:
     """Return the columns of `read_results`, from the parts' footers alone.
 
-    Raises OutputError if `out_dir` is not a run.
+    Raises OutputError if `out` is not a run.
     """
-    check_is_run(out_dir)
-    parts = list_parts(Path(out_dir) / METADATA_DIR).live
+    check_is_run(out)
+    parts = list_parts(open_storage(out).folder(METADATA_DIR)).live
     schemas = [metadata_schema(pa.schema([])), *(part.schema for part in parts)]
     return pa.unify_schemas(schemas, promote_options="default")
 
@@ -315,10 +327,10 @@ def _take(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
     return pa.concat_tables([large.take(pa.array(one)).cast(table.schema) for one in blocks])
 
 
-def count_statuses(out_dir: str | Path) -> Counter[str]:
+def count_statuses(out: str | Path | Storage) -> Counter[str]:
     """Return the number of committed rows by status. Raises OutputError if it is not a run."""
-    check_is_run(out_dir)
-    folder = Path(out_dir) / METADATA_DIR
+    check_is_run(out)
+    folder = open_storage(out).folder(METADATA_DIR)
     counts, _ = map_parts(folder, ["status"], lambda table: _count_values(table["status"]))
     return sum(counts, Counter())
 

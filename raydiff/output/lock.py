@@ -1,5 +1,9 @@
-"""One driver per output folder: a kernel lock on OUT/.lock, which ends with its process, and an
-epoch, which keeps a driver that lost the folder without noticing from committing."""
+"""One driver per output folder, and an epoch that keeps a driver which lost the folder without
+noticing from committing.
+
+A local folder has a kernel lock on OUT/.lock, which ends with its process; a run in an object store
+has a lease (see lease.py).
+"""
 
 import contextlib
 import errno
@@ -9,13 +13,15 @@ import os
 import platform
 import re
 import time
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from raydiff.errors import EngineError, OutputError
+from raydiff.output.holder import LockHolder, describe_holder, is_process_alive, parse_holder
+from raydiff.output.lease import Lease, lease_holder
+from raydiff.output.storage import Storage, open_storage, read_error
 
 LOCK_FILE = ".lock"
 METADATA_DIR = "metadata"
@@ -26,37 +32,76 @@ ATTEMPT_S = 0.05
 """Someone who only looks whether the lock is held holds it for microseconds."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LockHolder:
-    """Who drives, or last drove, a run. `epoch` is one higher for every driver."""
-
-    epoch: int
-    host: str
-    pid: int
-    started_at: float
-    """Unix time, seconds."""
-    is_released: bool = False
-
-
 class RunLock:
-    """The right to commit to one output folder.
+    """The right to commit to one output folder, for one driver at a time."""
+
+    def __init__(self, out: str | Path | Storage) -> None:
+        self._out = open_storage(out)
+        path = self._out.local_path(LOCK_FILE)
+        self._hold: FileLock | Lease = Lease(self._out) if path is None else FileLock(path)
+        self._is_taken = False
+
+    @property
+    def epoch(self) -> int:
+        """One higher for every driver of the folder; 0 before it is taken."""
+        return self._hold.epoch
+
+    @property
+    def warning(self) -> str | None:
+        """What people should know of how well this folder is locked."""
+        return self._hold.warning
+
+    def acquire(self) -> Self:
+        """Take the folder. Raises OutputError naming the driver that has it."""
+        self._hold.acquire(_last_epoch(self._out))
+        self._is_taken = True
+        return self
+
+    def check(self) -> None:
+        """Raise EngineError if the folder is no longer this driver's: it must not commit.
+
+        Raises DiskError if an object store cannot be asked.
+        """
+        self._hold.check()
+
+    def release(self) -> None:
+        """Give the folder back; a lock that was lost or never taken is left as it is."""
+        if self._is_taken:
+            self._is_taken = False
+            self._hold.release()
+
+    def __enter__(self) -> Self:
+        return self if self._is_taken else self.acquire()
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class FileLock:
+    """A kernel lock on a file.
 
     On file systems without flock a driver is refused only if the last one is a live process of
     this host; otherwise it takes over, and `check` stops the other at its next commit.
     """
 
-    def __init__(self, out_dir: str | Path) -> None:
-        self._path = Path(out_dir) / LOCK_FILE
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor: int | None = None
         self._content = b""
         self.epoch = 0
+        self.warning: str | None = None
 
-    def acquire(self) -> Self:
-        """Take the folder. Raises OutputError naming the driver that has it."""
+    def acquire(self, last_epoch: int) -> None:
+        """Take the folder with an epoch above `last_epoch`. Raises OutputError."""
         descriptor = self._open_and_lock()
         try:
             last = _read_holder(descriptor)
-            self.epoch = max(last.epoch if last else 0, _last_epoch(self._path.parent)) + 1
+            self.epoch = max(last.epoch if last else 0, last_epoch) + 1
             self._descriptor = descriptor
             self._write(is_released=False)
         except OSError as error:
@@ -65,10 +110,9 @@ class RunLock:
         except BaseException:
             self._drop(descriptor)
             raise
-        return self
 
     def check(self) -> None:
-        """Raise EngineError if the folder is no longer this driver's: it must not commit."""
+        """Raise EngineError if the file is not as this driver wrote it."""
         try:
             content = self._path.read_bytes()
         except OSError:
@@ -81,7 +125,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Give the folder back; a lock that was lost or never taken is left as it is."""
+        """Give the folder back."""
         if self._descriptor is None:
             return
         with contextlib.suppress(EngineError, OSError):
@@ -92,17 +136,6 @@ class RunLock:
     def _drop(self, descriptor: int) -> None:
         os.close(descriptor)
         self._descriptor = None
-
-    def __enter__(self) -> Self:
-        return self.acquire() if self._descriptor is None else self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
     def _open_and_lock(self) -> int:
         for attempt in range(NUM_ATTEMPTS):
@@ -118,7 +151,7 @@ class RunLock:
                 time.sleep(ATTEMPT_S)
         raise OutputError(
             f"output folder {self._path.parent}: another driver is at work in it: "
-            f"{_describe(holder)}. Wait for it, stop it, or choose another --out."
+            f"{describe_holder(holder)}. Wait for it, stop it, or choose another --out."
         )
 
     def _write(self, *, is_released: bool) -> None:
@@ -138,27 +171,23 @@ class RunLock:
         os.fsync(self._descriptor)
 
 
-def lock_holder(out_dir: str | Path) -> LockHolder | None:
+def lock_holder(out: str | Path | Storage) -> LockHolder | None:
     """Return who holds the folder's lock now, or None if nobody does."""
+    storage = open_storage(out)
+    path = storage.local_path(LOCK_FILE)
+    if path is None:
+        try:
+            return lease_holder(storage)
+        except OSError as error:
+            raise read_error(storage.uri, error) from None
     try:
-        descriptor = os.open(Path(out_dir) / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
         return None if _try_lock(descriptor, fcntl.LOCK_SH) else _read_holder(descriptor)
     finally:
         os.close(descriptor)
-
-
-def is_process_alive(pid: int) -> bool:
-    """Return whether this host has a process `pid`, of any user."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def _try_lock(descriptor: int, mode: int = fcntl.LOCK_EX) -> bool:
@@ -184,21 +213,16 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def _read_holder(descriptor: int) -> LockHolder | None:
-    return _parse(os.pread(descriptor, 4096, 0))
+    return parse_holder(os.pread(descriptor, 4096, 0))
 
 
-def _parse(content: bytes) -> LockHolder | None:
-    try:
-        return LockHolder(**json.loads(content))
-    except (ValueError, TypeError):
-        return None
-
-
-def _last_epoch(out_dir: Path) -> int:
+def _last_epoch(out: Storage) -> int:
     """Return the highest epoch in the names of the metadata, in case the lock file was removed."""
-    folder = out_dir / METADATA_DIR
-    paths = folder.iterdir() if folder.is_dir() else []
-    matches = (EPOCH_IN_NAME.fullmatch(path.name) for path in paths)
+    try:
+        names = out.list_names(METADATA_DIR)
+    except OSError as error:
+        raise read_error(out.describe(METADATA_DIR), error) from None
+    matches = (EPOCH_IN_NAME.fullmatch(name) for name in names)
     return max((int(match[1]) for match in matches if match), default=0)
 
 
@@ -209,12 +233,7 @@ def _not_writable(folder: Path, error: OSError) -> OutputError:
 
 
 def _whose(content: bytes) -> str:
-    holder = _parse(content)
-    return f"it is now {_describe(holder)}'s" if holder else "its lock file was removed or replaced"
-
-
-def _describe(holder: LockHolder | None) -> str:
+    holder = parse_holder(content)
     if holder is None:
-        return "an unnamed process"
-    since = datetime.fromtimestamp(holder.started_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return f"process {holder.pid} on {holder.host}, since {since}"
+        return "its lock file was removed or replaced"
+    return f"it is now {describe_holder(holder)}'s"

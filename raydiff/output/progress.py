@@ -5,19 +5,22 @@ import os
 import platform
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from raydiff.output.atomic import replace_file
 from raydiff.output.ledger import count_statuses
 from raydiff.output.lock import lock_holder
 from raydiff.output.run_file import check_is_run
+from raydiff.output.storage import Storage, open_storage
 
 STATUS_FILE = "status.json"
 INTERVAL_S = 1.0
+REMOTE_INTERVAL_S = 5.0
+"""In an object store, where each is a request."""
 RATE_WINDOW_S = 60.0
 
 State = Literal["running", "finished", "interrupted", "stopped"]
@@ -52,8 +55,13 @@ class Progress(BaseModel):
 class ProgressFile:
     """The driver's side of status.json."""
 
-    def __init__(self, out_dir: str | Path, *, epoch: int, started_at: float) -> None:
-        self._path = Path(out_dir) / STATUS_FILE
+    def __init__(self, out: str | Path | Storage, *, epoch: int, started_at: float) -> None:
+        self._storage = open_storage(out)
+        is_local = self._storage.local_path("") is not None
+        self._interval_s = INTERVAL_S if is_local else REMOTE_INTERVAL_S
+        # A store that does not answer must not hold up the run.
+        self._thread = None if is_local else ThreadPoolExecutor(1, thread_name_prefix="status")
+        self._under_way: Future[None] | None = None
         self._epoch = epoch
         self._started_at = started_at
         self._written_at = float("-inf")
@@ -71,7 +79,7 @@ class ProgressFile:
         workers: Sequence[dict[str, Any]],
         now: float,
     ) -> Progress:
-        """Return the progress at Unix time `now`, and write it if the last one is a second old.
+        """Return the progress at Unix time `now`, and write it if the last one is old enough.
 
         A change away from `running` is always written. A file that cannot be written is left:
         what counts is in the metadata.
@@ -94,11 +102,25 @@ class ProgressFile:
             updated_at=now,
             workers=tuple(workers),
         )
-        if state != "running" or now - self._written_at >= INTERVAL_S:
+        if state != "running" or now - self._written_at >= self._interval_s:
             self._written_at = now
-            with suppress(OSError):
-                replace_file(self._path, progress.model_dump_json().encode(), is_durable=False)
+            self._write(progress)
         return progress
+
+    def _write(self, progress: Progress) -> None:
+        data = progress.model_dump_json().encode()
+        if self._thread is None:
+            self._put(data)
+            return
+        is_free = self._under_way is None or self._under_way.done()
+        if progress.state != "running":
+            self._thread.submit(self._put, data).result()
+        elif is_free:
+            self._under_way = self._thread.submit(self._put, data)
+
+    def _put(self, data: bytes) -> None:
+        with suppress(OSError):
+            self._storage.put(STATUS_FILE, data, is_durable=False)
 
     def _rate(self, ended: int, now: float) -> float | None:
         """Rows per second since the oldest sample of the window; None before there is one."""
@@ -110,17 +132,17 @@ class ProgressFile:
         return (ended - before) / (now - since) if now > since else None
 
 
-def read_progress(out_dir: str | Path) -> Progress:
-    """Return how far the run in `out_dir` is. Raises OutputError if it is not a run.
+def read_progress(out: str | Path | Storage) -> Progress:
+    """Return how far the run in `out` is. Raises OutputError if it is not a run.
 
     A run whose driver is gone, or that has no readable status.json, is counted from its metadata.
     """
-    check_is_run(out_dir)
-    progress = _read(Path(out_dir) / STATUS_FILE)
-    is_driven = _is_driven(out_dir, progress)
+    check_is_run(out)
+    progress = _read(open_storage(out))
+    is_driven = _is_driven(out, progress)
     if progress is not None and (is_driven or progress.state != "running"):
         return progress
-    counts = count_statuses(out_dir)
+    counts = count_statuses(out)
     counted = {
         "state": "running" if is_driven else "stopped",
         "done": counts["completed"],
@@ -132,14 +154,14 @@ def read_progress(out_dir: str | Path) -> Progress:
     return progress.model_copy(update={**counted, "rows_per_s": None, "eta_s": None, "workers": ()})
 
 
-def _read(path: Path) -> Progress | None:
+def _read(storage: Storage) -> Progress | None:
     try:
-        return Progress.model_validate_json(path.read_bytes())
+        return Progress.model_validate_json(storage.read(STATUS_FILE))
     except (OSError, ValidationError):
         return None
 
 
-def _is_driven(out_dir: str | Path, progress: Progress | None) -> bool:
+def _is_driven(out: str | Path | Storage, progress: Progress | None) -> bool:
     """Tell whether a driver is at work: the lock is held, and by the one that wrote `progress`."""
-    holder = lock_holder(out_dir)
+    holder = lock_holder(out)
     return holder is not None and (progress is None or progress.epoch == holder.epoch)

@@ -21,6 +21,7 @@ from raydiff.output.lock import METADATA_DIR
 from raydiff.output.part_files import Part, list_parts, read_columns
 from raydiff.output.run_file import check_is_run
 from raydiff.output.scores import read_scores, score_names
+from raydiff.output.storage import Storage, open_storage
 
 TABLE = "results"
 DUCKDB_SETTINGS = {
@@ -38,17 +39,17 @@ LOCKED_SETTINGS = (
 
 
 @contextmanager
-def query_results(out_dir: str | Path, sql: str) -> Iterator[pa.RecordBatchReader]:
+def query_results(out: str | Path | Storage, sql: str) -> Iterator[pa.RecordBatchReader]:
     """Run SQL over the table `results` of a run and give its rows, batch by batch.
 
     Rows come in the order of their commit unless the query orders them. Raises OutputError if
-    `out_dir` is not a run, ConfigError if DuckDB is missing or refuses the query.
+    `out` is not a run, ConfigError if DuckDB is missing or refuses the query.
     """
     duckdb = _import_duckdb()
-    check_is_run(out_dir)
+    check_is_run(out)
     connection = duckdb.connect(":memory:", config=DUCKDB_SETTINGS)
     try:
-        _register(connection, Path(out_dir))
+        _register(connection, open_storage(out))
         for setting in LOCKED_SETTINGS:
             connection.execute(setting)
         relation = connection.sql(sql)
@@ -63,16 +64,16 @@ def query_results(out_dir: str | Path, sql: str) -> Iterator[pa.RecordBatchReade
         connection.close()
 
 
-def _register(connection: Any, out_dir: Path) -> None:
+def _register(connection: Any, out: Storage) -> None:
     """Give the query its table: the metadata, and the columns of the scores there are."""
-    names = score_names(out_dir)
+    names = score_names(out)
     if not names:
-        connection.register(TABLE, open_results(out_dir))
+        connection.register(TABLE, open_results(out))
         return
-    connection.register("rows_without_scores", open_results(out_dir))
+    connection.register("rows_without_scores", open_results(out))
     columns, joins = ["rows_without_scores.*"], []
     for name in names:
-        scores = read_scores(out_dir, name)
+        scores = read_scores(out, name)
         connection.register(f"score_{name}", scores)
         columns += [f'"score_{name}"."{column}"' for column in scores.column_names[1:]]
         joins.append(
@@ -85,7 +86,7 @@ def _register(connection: Any, out_dir: Path) -> None:
     )
 
 
-def open_results(out_dir: str | Path) -> ds.Dataset:
+def open_results(out: str | Path | Storage) -> ds.Dataset:
     """Return the rows of a run, each once, as a dataset that reads only what is asked of it.
 
     It stays whole when a driver at work merges parts: the small ones are held open. A damaged
@@ -93,30 +94,33 @@ def open_results(out_dir: str | Path) -> ds.Dataset:
     """
     while True:
         try:
-            return _open_results(Path(out_dir))
+            return _open_results(open_storage(out))
         except FileNotFoundError:
             continue  # A driver at work merged a part away since it was listed.
 
 
-def _open_results(out_dir: Path) -> ds.Dataset:
-    schema = read_results_schema(out_dir)
-    listed = list_parts(out_dir / METADATA_DIR)
-    for path in listed.damaged:
-        warnings.warn(f"{path}: damaged; its rows are left out", stacklevel=3)
+def _open_results(out: Storage) -> ds.Dataset:
+    schema = read_results_schema(out)
+    folder = out.folder(METADATA_DIR)
+    listed = list_parts(folder)
+    for name in listed.damaged:
+        warnings.warn(f"{folder.describe(name)}: damaged; its rows are left out", stacklevel=3)
     parts = listed.live
     doubles = later_doubles(read_row_keys(parts), parts)
     once = [part for index, part in enumerate(parts) if index not in doubles]
     file_format = ds.ParquetFileFormat()
-    fragments = [
-        file_format.make_fragment(str(part.path), filesystem=LocalFileSystem())
-        if part.num_rows >= FINAL_ROWS
-        else file_format.make_fragment(pa.OSFile(str(part.path)))
-        for part in once
-    ]
+    fragments = [_fragment(part, file_format) for part in once]
     datasets = [ds.FileSystemDataset(fragments, schema, file_format)]
     for index, rows in doubles.items():
         datasets.append(ds.dataset(_without(parts[index], rows, schema)))
     return ds.dataset(datasets, schema=schema)
+
+
+def _fragment(part: Part, file_format: ds.ParquetFileFormat) -> ds.Fragment:
+    path = part.folder.local_path(part.name)
+    if path is not None and part.num_rows >= FINAL_ROWS:
+        return file_format.make_fragment(str(path), filesystem=LocalFileSystem())
+    return file_format.make_fragment(part.folder.open_input(part.name, part.size_bytes))
 
 
 def _without(part: Part, rows: np.ndarray, schema: pa.Schema) -> pa.Table:

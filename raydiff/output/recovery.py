@@ -1,5 +1,7 @@
 """What a crash may have left in the metadata, put right before a run goes on: temporary and
-replaced parts, damaged parts, rows that stand twice, rows whose files a power loss took back."""
+replaced parts, damaged parts, rows that stand twice, rows whose files a power loss took back.
+
+A power loss takes nothing back from an object store."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,15 +12,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raydiff.errors import OutputError
-from raydiff.output.atomic import disk_error, replace_file
+from raydiff.output.atomic import disk_error
 from raydiff.output.part_files import (
     TEMPORARY_PART_NAME,
+    Fence,
     Part,
     list_parts,
     read_columns,
     remove_parts,
     write_part,
 )
+from raydiff.output.storage import Storage, read_error
 
 BOOT_ID_FILE = ".boot_id"
 UNSYNCED_S = 120.0
@@ -26,67 +30,82 @@ UNSYNCED_S = 120.0
 
 
 def recover_parts(
-    folder: Path, out_dir: Path, next_path: Callable[[], Path], warnings: list[str]
+    folder: Storage, out: Storage, next_name: Callable[[], str], fence: Fence, warnings: list[str]
 ) -> list[Part]:
     """Return the table's parts, free of what a crash left. Adds to `warnings`."""
-    _remove_temporary_parts(folder)
+    remove_temporary_parts(folder)
     parts = list_parts(folder)
-    remove_parts(parts.replaced)
-    for path in parts.damaged:
-        set_aside(path, warnings)
+    remove_parts(folder, parts.replaced)
+    for name in parts.damaged:
+        set_aside(folder, name, warnings)
     live = list(parts.live)
+    out_dir = out.local_path("")
+    if out_dir is None:
+        return live
     boot_id = _boot_id()
     if _last_boot_id(folder) != boot_id:
-        live = _without_lost_files(live, out_dir, next_path, warnings)
+        live = _without_lost_files(live, out_dir, next_name, fence, warnings)
         try:
-            replace_file(folder / BOOT_ID_FILE, boot_id.encode())
+            folder.put(BOOT_ID_FILE, boot_id.encode())
         except OSError as error:
-            raise disk_error(folder / BOOT_ID_FILE, error) from error
+            raise disk_error(folder.describe(BOOT_ID_FILE), error) from error
     return live
 
 
-def set_aside(path: Path, warnings: list[str]) -> None:
+def set_aside(folder: Storage, name: str, warnings: list[str]) -> None:
     """Rename a damaged part so that no reader takes it for one; its rows count as not done."""
-    aside = path.with_name(f".{path.name}.damaged")
+    aside = f".{name}.damaged"
     try:
-        path.rename(aside)
+        folder.move(name, aside)
     except OSError as error:
-        raise disk_error(aside, error) from error
+        raise disk_error(folder.describe(aside), error) from error
     warnings.append(
-        f"{path}: damaged; set aside as {aside.name}. The rows in it are rendered again."
+        f"{folder.describe(name)}: damaged; set aside as {aside}. The rows in it are rendered "
+        "again."
     )
 
 
 def drop_rows(
-    parts: Sequence[Part], rows: Mapping[int, NDArray[np.int64]], next_path: Callable[[], Path]
+    parts: Sequence[Part],
+    rows: Mapping[int, NDArray[np.int64]],
+    next_name: Callable[[], str],
+    fence: Fence,
 ) -> list[Part]:
     """Return `parts` without the rows at these places, given by the part's index."""
     shorter = [
-        _without_rows(part, rows[index], next_path()) if index in rows else part
+        _without_rows(part, rows[index], next_name(), fence) if index in rows else part
         for index, part in enumerate(parts)
     ]
     return [part for part in shorter if part is not None]
 
 
-def _without_rows(part: Part, rows: NDArray[np.int64], path: Path) -> Part | None:
-    """Replace `part` by one at `path` that lacks the rows at these places; None if none is left."""
+def _without_rows(part: Part, rows: NDArray[np.int64], name: str, fence: Fence) -> Part | None:
+    """Replace `part` by one of that name that lacks these rows; None if none is left."""
     keep = np.ones(part.num_rows, dtype=bool)
     keep[rows] = False
     shorter = None
     if keep.any():
         table = read_columns(part).filter(pa.array(keep))
-        shorter = write_part(path, iter([table]), replaces=[part])
-    remove_parts([part.path])
+        shorter = write_part(part.folder, name, iter([table]), replaces=[part], fence=fence)
+    remove_parts(part.folder, [part.name])
     return shorter
 
 
-def _remove_temporary_parts(folder: Path) -> None:
+def remove_temporary_parts(folder: Storage) -> None:
     """Remove parts that were never committed; the lock says that nobody is writing them."""
-    remove_parts([path for path in folder.iterdir() if TEMPORARY_PART_NAME.fullmatch(path.name)])
+    try:
+        names = folder.list_names()
+    except OSError as error:
+        raise read_error(folder.uri, error) from error
+    remove_parts(folder, [name for name in names if TEMPORARY_PART_NAME.fullmatch(name)])
 
 
 def _without_lost_files(
-    parts: list[Part], out_dir: Path, next_path: Callable[[], Path], warnings: list[str]
+    parts: list[Part],
+    out_dir: Path,
+    next_name: Callable[[], str],
+    fence: Fence,
+    warnings: list[str],
 ) -> list[Part]:
     """Drop rows of the last session's end whose file is missing or cut.
 
@@ -106,7 +125,7 @@ def _without_lost_files(
     warnings.append(
         f"{num_lost} rows lost their files when the machine went down; they are rendered again."
     )
-    return drop_rows(parts, lost, next_path)
+    return drop_rows(parts, lost, next_name, fence)
 
 
 def _lost_rows(part: Part, out_dir: Path, *, since: float) -> NDArray[np.int64]:
@@ -142,8 +161,8 @@ def _boot_id() -> str:
         return ""
 
 
-def _last_boot_id(folder: Path) -> str | None:
+def _last_boot_id(folder: Storage) -> str | None:
     try:
-        return (folder / BOOT_ID_FILE).read_text(encoding="ascii").strip()
+        return folder.read(BOOT_ID_FILE).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None

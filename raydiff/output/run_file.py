@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from raydiff import __version__
 from raydiff.config import RunConfig
 from raydiff.errors import OutputError
-from raydiff.output.atomic import disk_error, replace_file
+from raydiff.output.atomic import disk_error
 from raydiff.output.lock import LOCK_FILE, RunLock
+from raydiff.output.storage import Storage, open_storage, read_error
 from raydiff.output.writer import remove_stale_files
 from raydiff.request import RECIPE_VERSION
 
@@ -63,11 +64,24 @@ class RunFile(_Record):
 class Run:
     """A run that this process drives: its folder, its lock and its run.json."""
 
-    def __init__(self, out_dir: Path, lock: RunLock, file: RunFile, *, is_resumed: bool) -> None:
-        self.out_dir = out_dir
+    def __init__(self, storage: Storage, lock: RunLock, file: RunFile, *, is_resumed: bool) -> None:
+        self.storage = storage
         self.lock = lock
         self.file = file
         self.is_resumed = is_resumed
+
+    @property
+    def out(self) -> str:
+        """The output folder's absolute path, or its URI."""
+        return self.storage.uri
+
+    @property
+    def out_dir(self) -> Path:
+        """The output folder as a path. Raises OutputError for one in an object store."""
+        path = self.storage.local_path("")
+        if path is None:
+            raise OutputError(f"{self.out}: not a local folder. Choose one as --out.")
+        return path
 
     def add_model(self, name: str, revision: str) -> None:
         """Record a model that a row names. Raises OutputError if it has changed since it was."""
@@ -75,13 +89,13 @@ class Run:
         if known == revision:
             return
         if known is not None:
-            raise _another_run(self.out_dir, [_difference(f"model {name}", known, revision)])
+            raise _another_run(self.out, [_difference(f"model {name}", known, revision)])
         self.file = self.file.model_copy(update={"models": {**self.file.models, name: revision}})
         self.lock.check()
         try:
-            _write(self.out_dir, self.file)
+            _write(self.storage, self.file)
         except OSError as error:
-            raise disk_error(self.out_dir / RUN_FILE, error) from error
+            raise disk_error(self.storage.describe(RUN_FILE), error) from error
 
     def close(self) -> None:
         """Give the folder back."""
@@ -100,7 +114,7 @@ class Run:
 
 
 def start_run(
-    out_dir: str | Path,
+    out: str | Path | Storage,
     *,
     config: RunConfig,
     manifest_uri: str,
@@ -113,31 +127,33 @@ def start_run(
     `models` gives the revision of each model known by now. Raises OutputError if the folder
     cannot be used: not writable, another driver's, not a run, or a run of something else.
     """
-    folder = Path(out_dir)
-    _make_folder(folder)
-    lock = RunLock(folder).acquire()
+    storage = open_storage(out)
+    _make_folder(storage)
+    lock = RunLock(storage).acquire()
     try:
         wanted = _run_file(
             config, manifest_uri, manifest_fingerprint, num_rows, models, (_session(lock),)
         )
-        is_resumed = (folder / RUN_FILE).exists()
+        is_resumed = storage.size(RUN_FILE) is not None
         if is_resumed:
-            wanted = _continue(folder, read_run(folder), wanted)
-        _write(folder, wanted)
-        remove_stale_files(folder)
+            wanted = _continue(storage.uri, read_run(storage), wanted)
+        _write(storage, wanted)
+        folder = storage.local_path("")
+        if folder is not None:
+            remove_stale_files(folder)
     except OSError as error:
         lock.release()
-        raise OutputError(f"output folder {folder}: {error.strerror}. Choose another --out.") from (
-            error
-        )
+        raise OutputError(
+            f"output folder {storage.uri}: {error.strerror}. Choose another --out."
+        ) from error
     except BaseException:
         lock.release()
         raise
-    return Run(folder, lock, wanted, is_resumed=is_resumed)
+    return Run(storage, lock, wanted, is_resumed=is_resumed)
 
 
 def check_same_run(
-    out_dir: str | Path,
+    out: str | Path | Storage,
     *,
     config: RunConfig,
     manifest_uri: str,
@@ -145,20 +161,21 @@ def check_same_run(
     num_rows: int,
     models: Mapping[str, str],
 ) -> None:
-    """Raise OutputError if `out_dir` is a run that `start_run` would not go on with."""
-    if (Path(out_dir) / RUN_FILE).exists():
+    """Raise OutputError if `out` is a run that `start_run` would not go on with."""
+    if is_run(out):
         wanted = _run_file(config, manifest_uri, manifest_fingerprint, num_rows, models, ())
-        _continue(Path(out_dir), read_run(out_dir), wanted)
+        _continue(open_storage(out).uri, read_run(out), wanted)
 
 
-def read_run(out_dir: str | Path) -> RunFile:
+def read_run(out: str | Path | Storage) -> RunFile:
     """Read a folder's run.json. Raises OutputError if it is not a run."""
-    check_is_run(out_dir)
-    path = Path(out_dir) / RUN_FILE
+    check_is_run(out)
+    storage = open_storage(out)
+    path = storage.describe(RUN_FILE)
     try:
-        return RunFile.model_validate_json(path.read_bytes())
+        return RunFile.model_validate_json(storage.read(RUN_FILE))
     except OSError as error:
-        raise OutputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise read_error(path, error) from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
@@ -168,17 +185,26 @@ def read_run(out_dir: str | Path) -> RunFile:
         ) from None
 
 
-def check_is_run(out_dir: str | Path) -> None:
-    """Raise OutputError if `out_dir` is not the output folder of a run."""
-    folder = Path(out_dir)
+def is_run(out: str | Path | Storage) -> bool:
+    """Tell whether a place is the output folder of a run. Raises OutputError if it is hidden."""
+    storage = open_storage(out)
     try:
-        is_folder, is_run = folder.is_dir(), (folder / RUN_FILE).is_file()
+        return storage.size(RUN_FILE) is not None
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be read: {error.strerror}") from None
-    if not is_folder:
-        raise OutputError(f"{folder}: no such folder. Name the output folder of a run.")
-    if not is_run:
-        raise OutputError(f"{folder}: not a run: it has no {RUN_FILE}. Name a run's output folder.")
+        raise read_error(storage.uri, error) from None
+
+
+def check_is_run(out: str | Path | Storage) -> None:
+    """Raise OutputError if `out` is not the output folder of a run."""
+    if is_run(out):
+        return
+    storage = open_storage(out)
+    folder = storage.local_path("")
+    if folder is not None and not folder.is_dir():
+        raise OutputError(f"{storage.uri}: no such folder. Name the output folder of a run.")
+    raise OutputError(
+        f"{storage.uri}: not a run: it has no {RUN_FILE}. Name a run's output folder."
+    )
 
 
 def _run_file(
@@ -201,32 +227,35 @@ def _run_file(
     )
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(storage: Storage) -> None:
     """Make the folder if its parent is there; refuse one that holds anything but a run."""
+    folder = storage.local_path("")
     try:
-        folder.mkdir(exist_ok=True)
-        names = {path.name for path in folder.iterdir()}
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+        names = set(storage.list_names())
     except FileNotFoundError:
+        parent = folder.parent if folder is not None else "its bucket"
         raise OutputError(
-            f"output folder {folder}: {folder.parent} does not exist. Make it, or choose another "
+            f"output folder {storage.uri}: {parent} does not exist. Make it, or choose another "
             "--out."
         ) from None
     except OSError as error:
         raise OutputError(
-            f"output folder {folder}: {error.strerror}. Choose another --out."
+            f"output folder {storage.uri}: {error.strerror}. Choose another --out."
         ) from None
     if RUN_FILE not in names and names - {LOCK_FILE}:
         raise OutputError(
-            f"output folder {folder}: it holds {min(names)!r} and is not a run. "
+            f"output folder {storage.uri}: it holds {min(names)!r} and is not a run. "
             "Choose a new or empty folder as --out."
         )
 
 
-def _continue(folder: Path, last: RunFile, wanted: RunFile) -> RunFile:
+def _continue(uri: str, last: RunFile, wanted: RunFile) -> RunFile:
     """Return the run file of a further session of `last`. Raises OutputError if it is not one."""
     differences = list(_differences(last, wanted))
     if differences:
-        raise _another_run(folder, differences)
+        raise _another_run(uri, differences)
     return last.model_copy(
         update={
             "models": {**last.models, **wanted.models},
@@ -271,15 +300,15 @@ def _manifest(file: RunFile) -> str:
     return f"{file.manifest} ({file.num_rows:,} rows, {file.manifest_fingerprint[:12]})"
 
 
-def _another_run(folder: Path, differences: list[str]) -> OutputError:
+def _another_run(uri: str, differences: list[str]) -> OutputError:
     return OutputError(
-        f"output folder {folder}: it holds another run: {'; '.join(differences)}. "
+        f"output folder {uri}: it holds another run: {'; '.join(differences)}. "
         "Choose another --out, or give the run what it was started with."
     )
 
 
-def _write(folder: Path, file: RunFile) -> None:
-    replace_file(folder / RUN_FILE, (file.model_dump_json(indent=2) + "\n").encode())
+def _write(storage: Storage, file: RunFile) -> None:
+    storage.put(RUN_FILE, (file.model_dump_json(indent=2) + "\n").encode())
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:

@@ -20,11 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydiff.errors import ConfigError, OutputError, RowError
-from raydiff.output.atomic import disk_error, replace_file
+from raydiff.output.atomic import disk_error
 from raydiff.output.keys import Keys, request_keys
 from raydiff.output.lock import RunLock
 from raydiff.output.part_files import (
-    TEMPORARY_PART_NAME,
     Part,
     last_sequence,
     list_parts,
@@ -34,8 +33,9 @@ from raydiff.output.part_files import (
     remove_parts,
     write_part,
 )
-from raydiff.output.recovery import set_aside
+from raydiff.output.recovery import remove_temporary_parts, set_aside
 from raydiff.output.run_file import check_is_run
+from raydiff.output.storage import Storage, open_storage, read_error
 
 SCORES_DIR = "scores"
 SCORE_FILE = "score.json"
@@ -106,24 +106,29 @@ def _printable(text: str) -> str:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def score_names(out_dir: str | Path) -> list[str]:
+def score_names(out: str | Path | Storage) -> list[str]:
     """Return the names that a run has scores under. Raises OutputError if it is not a run."""
-    check_is_run(out_dir)
-    return sorted(path.parent.name for path in Path(out_dir, SCORES_DIR).glob(f"*/{SCORE_FILE}"))
+    check_is_run(out)
+    folder = open_storage(out).folder(SCORES_DIR)
+    try:
+        return [name for name in folder.list_names() if folder.size(f"{name}/{SCORE_FILE}")]
+    except OSError as error:
+        raise read_error(folder.uri, error) from None
 
 
-def read_scores(out_dir: str | Path, name: str) -> pa.Table:
+def read_scores(out: str | Path | Storage, name: str) -> pa.Table:
     """Return request_id, the columns of a score and its error column, a row for each file.
 
-    Raises OutputError if `out_dir` is not a run, ConfigError if it has no such score.
+    Raises OutputError if `out` is not a run, ConfigError if it has no such score.
     """
-    known = score_names(out_dir)
+    known = score_names(out)
     if name not in known:
         raise ConfigError(
-            f"{out_dir}: no score {name!r}; it has {', '.join(known) or 'none'}. "
-            f"Make one: raydiff score {out_dir} --with module:function --name {name}"
+            f"{open_storage(out).uri}: no score {name!r}; it has {', '.join(known) or 'none'}. "
+            f"Make one: raydiff score {open_storage(out).uri} --with module:function --name {name}"
         )
-    tables, damaged = map_parts(Path(out_dir, SCORES_DIR, name), None, lambda table: table)
+    folder = open_storage(out).folder(f"{SCORES_DIR}/{name}")
+    tables, damaged = map_parts(folder, None, lambda table: table)
     for path in damaged:
         warnings.warn(f"{path}: damaged; its scores are left out", stacklevel=2)
     schema = _joint_schema((table.schema for table in tables), name)
@@ -133,10 +138,10 @@ def read_scores(out_dir: str | Path, name: str) -> pa.Table:
     return table.take(pa.array(np.sort(len(keys) - 1 - last))).combine_chunks()
 
 
-def join_scores(results: pa.Table, out_dir: str | Path) -> pa.Table:
+def join_scores(results: pa.Table, out: str | Path | Storage) -> pa.Table:
     """Append the columns of every score of a run to rows with a request_id, null where none is."""
-    for name in score_names(out_dir):
-        scores = read_scores(out_dir, name)
+    for name in score_names(out):
+        scores = read_scores(out, name)
         places = pc.index_in(results["request_id"], value_set=scores["request_id"])
         for column in scores.column_names[1:]:
             results = results.append_column(column, scores[column].take(places))
@@ -176,20 +181,21 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 class ScoreTable:
     """The scores of one name, opened by the one process that adds to them."""
 
-    def __init__(self, out_dir: str | Path, name: str, *, hook: str, arguments: dict[str, Any]):
+    def __init__(
+        self, out: str | Path | Storage, name: str, *, hook: str, arguments: dict[str, Any]
+    ):
         """Take the folder. Raises OutputError if it is another process's or another hook's."""
         self._name = name
-        self._folder = Path(out_dir, SCORES_DIR, name)
+        self._out = open_storage(out)
+        self._folder = self._out.folder(f"{SCORES_DIR}/{name}")
         self._made_by = {"hook": hook, "arguments": arguments}
+        self._has_score_file = False
         self._pending: list[FileScore] = []
         self._oldest_pending_s = 0.0
         self.num_errors = 0
         """Files of this session without a score."""
         self.warnings: list[str] = []
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self._folder}: cannot be made: {error.strerror}") from None
+        _make_folder(self._folder)
         self._lock = RunLock(self._folder).acquire()
         try:
             self._check_hook()
@@ -205,7 +211,7 @@ class ScoreTable:
         """Return the request keys that have a score, or also those that have an error."""
         if not self._parts:
             return np.empty(0, np.uint64)
-        table = read_scores(self._folder.parents[1], self._name)
+        table = read_scores(self._out, self._name)
         if not with_errors:
             table = table.filter(pc.is_null(table[error_column(self._name)]))
         return request_keys(table["request_id"])[0]
@@ -228,15 +234,16 @@ class ScoreTable:
         if not self._pending:
             return
         self._lock.check()
-        if not (self._folder / SCORE_FILE).exists():
-            self._write_score_file()
+        self._write_score_file()
         schema = _schema(self._name, self._types)
         error = error_column(self._name)
         rows = [
             {"request_id": one.request_id, error: one.error, **one.values} for one in self._pending
         ]
         columns = [pa.array([row.get(one.name) for row in rows], one.type) for one in schema]
-        self._parts.append(write_part(self._next_path(), iter([pa.table(columns, schema=schema)])))
+        tables = iter([pa.table(columns, schema=schema)])
+        part = write_part(self._folder, self._next_name(), tables, fence=self._lock.check)
+        self._parts.append(part)
         self._pending.clear()
         if len(self._parts) >= MAX_PARTS:
             self._merge()
@@ -257,36 +264,40 @@ class ScoreTable:
         self.close()
 
     def _check_hook(self) -> None:
-        path = self._folder / SCORE_FILE
         try:
-            made_by = json.loads(path.read_bytes())
+            made_by = json.loads(self._folder.read(SCORE_FILE))
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{path}: cannot be read: {error}") from None
+        except OSError as error:
+            raise read_error(self._folder.describe(SCORE_FILE), error) from None
+        except ValueError as error:
+            uri = self._folder.describe(SCORE_FILE)
+            raise OutputError(f"{uri}: cannot be read: {error}") from None
+        self._has_score_file = True
         if made_by != self._made_by:
             raise OutputError(
-                f"{self._folder}: these scores are of {_describe(made_by)}, not of "
+                f"{self._folder.uri}: these scores are of {_describe(made_by)}, not of "
                 f"{_describe(self._made_by)}. Choose another --name, or remove that folder."
             )
 
     def _write_score_file(self) -> None:
-        path = self._folder / SCORE_FILE
+        if self._has_score_file:
+            return
         try:
-            replace_file(path, json.dumps(self._made_by, indent=2).encode())
+            self._folder.put(SCORE_FILE, json.dumps(self._made_by, indent=2).encode())
         except OSError as error:
-            raise disk_error(path, error) from error
+            raise disk_error(self._folder.describe(SCORE_FILE), error) from error
+        self._has_score_file = True
 
     def _recover(self) -> list[Part]:
         """Return the parts, once the folder is free of what a crash left."""
-        for path in self._folder.iterdir():
-            if TEMPORARY_PART_NAME.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        remove_temporary_parts(self._folder)
         listed = list_parts(self._folder)
-        remove_parts(listed.replaced)
-        for path in listed.damaged:
-            set_aside(path, [])
-            self.warnings.append(f"{path}: damaged; the files in it are scored again")
+        remove_parts(self._folder, listed.replaced)
+        for name in listed.damaged:
+            set_aside(self._folder, name, [])
+            uri = self._folder.describe(name)
+            self.warnings.append(f"{uri}: damaged; the files in it are scored again")
         return list(listed.live)
 
     def _checked(self, score: FileScore) -> FileScore:
@@ -304,16 +315,27 @@ class ScoreTable:
         self._types = types
         return score
 
-    def _next_path(self) -> Path:
+    def _next_name(self) -> str:
         self._sequence += 1
-        return self._folder / part_name(self._lock.epoch, self._sequence)
+        return part_name(self._lock.epoch, self._sequence)
 
     def _merge(self) -> None:
         schema = _joint_schema((part.schema for part in self._parts), self._name)
         tables = (_conform(read_columns(part), schema) for part in self._parts)
-        merged = write_part(self._next_path(), tables, replaces=self._parts)
-        remove_parts(part.path for part in self._parts)
+        merged = write_part(
+            self._folder, self._next_name(), tables, replaces=self._parts, fence=self._lock.check
+        )
+        remove_parts(self._folder, (part.name for part in self._parts))
         self._parts = [merged]
+
+
+def _make_folder(folder: Storage) -> None:
+    path = folder.local_path("")
+    try:
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
 
 
 def _describe(made_by: Any) -> str:

@@ -8,7 +8,8 @@ from typing import Protocol, Self, TypeVar
 
 import pyarrow as pa
 
-from raydiff.object_storage import ObjectStorage, StoredFile, is_uri
+from raydiff.errors import OutputError
+from raydiff.object_storage import ObjectStorage, StorageError, StoredFile, is_uri
 from raydiff.output.atomic import replace_file, sync_folder
 
 T = TypeVar("T")
@@ -169,15 +170,24 @@ class LocalStorage:
             return write(path)
 
 
-def open_storage(place: str | Path, *, has_answered: bool = False) -> Storage:
-    """Open a local path or the URI of an object store; makes no request.
+def open_storage(place: str | Path | Storage, *, has_answered: bool = False) -> Storage:
+    """Open a local path or the URI of an object store; an opened one is returned as it is.
 
-    `has_answered` says that a store is known to work, so that an outage is waited out from the
-    start. Raises ConfigError for a URI that cannot be used.
+    Makes no request. `has_answered` says that a store is known to work, so that an outage is
+    waited out from the start. Raises ConfigError for a URI that cannot be used.
     """
+    if not isinstance(place, str | Path):
+        return place
     if is_uri(place):
         return ObjectStorage(str(place), has_answered=has_answered)
     return LocalStorage(place)
+
+
+def read_error(uri: str, error: OSError) -> OutputError:
+    """Return the OutputError for what could not be read at `uri`."""
+    if isinstance(error, StorageError):
+        return OutputError(f"{error.uri}: cannot be read: {error.reason}. {error.remedy}.")
+    return OutputError(f"{uri}: cannot be read: {error.strerror}. Make it readable and try again.")
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:

@@ -72,7 +72,7 @@ class Verification:
         self.num_files = 0
         """Files hashed."""
         self.num_bytes = 0
-        self._damaged: set[Path] = set()
+        self._damaged: set[str] = set()
 
     def __iter__(self) -> Iterator[Problem]:
         summaries, damaged = map_parts(self._folder, _SUMMARY_COLUMNS, _summarise)
@@ -81,8 +81,8 @@ class Verification:
         files = np.unique(_joined(summary.completed for summary in summaries))
         del summaries
         yield from self._check_files(files)
-        for path in sorted(self._damaged):
-            yield Problem(kind="damaged_part", message=f"{path}: damaged; its rows are lost")
+        for uri in sorted(self._damaged):
+            yield Problem(kind="damaged_part", message=f"{uri}: damaged; its rows are lost")
         yield from self._find_orphans(files)
 
     def _check_rows(self, keys: Keys) -> Iterator[Problem]:
@@ -139,7 +139,7 @@ class Verification:
         try:
             return read_columns(part, _CLAIM_COLUMNS)
         except DamagedPartError as error:
-            self._damaged.add(error.path)
+            self._damaged.add(error.uri)
             return None
 
     def _find_orphans(self, files: Keys) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ from raydiff import __version__
 from raydiff.config import OutputConfig
 from raydiff.errors import DiskError
 from raydiff.output.atomic import disk_error
-from raydiff.output.lock import is_process_alive
+from raydiff.output.holder import is_process_alive
 from raydiff.output.media import encode_image
 from raydiff.request import RenderRequest, RenderResult
 
