@@ -5,7 +5,6 @@ import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,10 @@ from raydiff.engine.hook import find_hook, make_hook
 from raydiff.engine.messages import WorkerInfo
 from raydiff.engine.worker import Failure, attempt
 from raydiff.errors import ConfigError, RowError
-from raydiff.output.frames import is_video, media_path, read_image
+from raydiff.output.frames import read_image
+from raydiff.output.media_files import is_video, media_name, open_media
 from raydiff.output.scores import FileScore, Value, columns_of
+from raydiff.output.storage import open_storage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,7 @@ class ScoreWorker:
     def __init__(self, worker_id: str, spec: ScoreSpec) -> None:
         os.environ.update(spec.environ)
         self._spec = spec
-        self._out_dir = Path(spec.out)
+        self._out = open_storage(spec.out)
         # One thread: a model made in it is called from it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
 
@@ -86,8 +87,9 @@ class ScoreWorker:
         return FileScore(request_id=row["request_id"], values=values)
 
     def _values(self, row: dict[str, Any]) -> dict[str, Value]:
-        if is_video(row["file_name"]):
+        if is_video(media_name(row)):
             raise RowError("a video; hooks score images")
-        image = read_image(media_path(self._out_dir, row["file_name"]))
+        with open_media(self._out, row) as file:
+            image = read_image(file)
         pixels = np.array(image, dtype=np.uint8)  # (H, W, 3)
         return columns_of(self._spec.name, self._hook(pixels, row))

@@ -15,16 +15,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from raydiff.output.frames import (
-    MediaError,
-    Pixels,
-    is_video,
-    media_path,
-    read_frames,
-    read_image,
-    sound_digest,
-)
+from raydiff.output.frames import Pixels, read_frames, read_image, sound_digest
 from raydiff.output.matching import BY_REQUEST, Row, match, read_side
+from raydiff.output.media_files import (
+    MediaError,
+    check_media,
+    describe_media,
+    is_video,
+    media_name,
+    open_media,
+)
 from raydiff.output.rows_file import plain
 from raydiff.output.similarity import FrameComparison, Similarity
 
@@ -152,8 +152,8 @@ class RunDiff:
             key={name: row[name] for name in self.on},
             left_row=left["row_index"] if left else None,
             right_row=right["row_index"] if right else None,
-            left_file=left["file_name"] if left else None,
-            right_file=right["file_name"] if right else None,
+            left_file=describe_media(left) if left else None,
+            right_file=describe_media(right) if right else None,
             message=message,
             similarity=similarity,
         )
@@ -196,12 +196,8 @@ class _Image(NamedTuple):
     row: Row
 
     @property
-    def path(self) -> Path:
-        return media_path(self.out_dir, self.row["file_name"])
-
-    @property
     def is_video(self) -> bool:
-        return is_video(self.row["file_name"])
+        return is_video(media_name(self.row))
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -209,37 +205,28 @@ class _Image(NamedTuple):
         try:
             yield
         except MediaError as error:
-            message = f"{self.side} {self.row['file_name']}: {error}"
+            message = f"{self.side} {describe_media(self.row)}: {error}"
             raise MediaError(message, is_missing=error.is_missing) from None
 
     def check(self) -> None:
         """Raise MediaError if the file is not there with the size that the metadata says."""
         with self.named():
-            try:
-                size = self.path.stat().st_size
-            except FileNotFoundError:
-                raise MediaError("the file is missing", is_missing=True) from None
-            except OSError as error:
-                raise MediaError(f"cannot be read: {error.strerror}") from None
-            if size != self.row["size_bytes"]:
-                raise MediaError(
-                    f"it has {size:,} bytes; the metadata says {self.row['size_bytes']:,}"
-                )
+            check_media(self.out_dir, self.row)
 
     def pixels(self) -> Pixels:
         """Return the image, uint8 (H, W, 3). Raises MediaError."""
-        with self.named():
-            return np.asarray(read_image(self.path))
+        with self.named(), open_media(self.out_dir, self.row) as file:
+            return np.asarray(read_image(file))
 
     def frames(self) -> Iterator[Pixels]:
         """Yield the video's frames, uint8 (H, W, 3). Raises MediaError."""
-        with self.named():
-            yield from read_frames(self.path)
+        with self.named(), open_media(self.out_dir, self.row) as file:
+            yield from read_frames(file)
 
     def sound(self) -> str | None:
         """Return a hash of the video's sound. Raises MediaError."""
-        with self.named():
-            return sound_digest(self.path)
+        with self.named(), open_media(self.out_dir, self.row) as file:
+            return sound_digest(file)
 
 
 def _judge(left: _Image, right: _Image) -> _Verdict:

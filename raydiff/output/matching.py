@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from raydiff.errors import ConfigError, nearest
 from raydiff.output.keys import Keys, request_keys
 from raydiff.output.ledger import read_results, read_results_schema
+from raydiff.output.media_files import MEDIA_COLUMNS
 from raydiff.output.rows_file import plain
 
 BY_REQUEST = ("request_id",)
-COLUMNS = ("request_id", "status", "error", "file_name", "sha256", "size_bytes")
+COLUMNS = ("request_id", "status", "error", "sha256", *MEDIA_COLUMNS)
 """What a row says of its file, beside the columns that it is matched by."""
 CHUNK_ROWS = 1024
 

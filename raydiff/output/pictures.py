@@ -2,17 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
-from raydiff.output.frames import (
-    MediaError,
-    count_frames,
-    is_video,
-    media_path,
-    read_frames,
-    read_image,
-)
+from raydiff.output.frames import count_frames, read_frames, read_image
+from raydiff.output.media_files import MediaError, describe_media, is_video, media_name, open_media
 from raydiff.output.sheet_grid import Row
 
 Box = tuple[int, int]
@@ -37,13 +32,13 @@ def make_picture(out_dir: Path, row: Row, frame: Box, num_frames: int) -> Pictur
     if row["status"] != "completed":
         return Picture(problem=row["status"], message=row["error"] or "")
     try:
-        path = media_path(out_dir, row["file_name"])
-        if is_video(row["file_name"]):
-            return Picture(image=_strip(path, frame, num_frames))
-        return Picture(image=fitted(read_image(path, max_size=frame), frame))
+        with open_media(out_dir, row) as file:
+            if is_video(media_name(row)):
+                return Picture(image=_strip(file, frame, num_frames))
+            return Picture(image=fitted(read_image(file, max_size=frame), frame))
     except MediaError as error:
         problem = "missing" if error.is_missing else "broken"
-        return Picture(problem=problem, message=f"{error} ({row['file_name']})")
+        return Picture(problem=problem, message=f"{error} ({describe_media(row)})")
 
 
 def fitted_size(size: Box, box: Box) -> Box:
@@ -63,14 +58,14 @@ def fitted(image: Image.Image, box: Box) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
 
 
-def _strip(path: Path, frame: Box, num_frames: int) -> Image.Image:
+def _strip(file: BinaryIO, frame: Box, num_frames: int) -> Image.Image:
     """Return frames of a video, evenly spread from its first to its last, side by side."""
-    last = count_frames(path) - 1
+    last = count_frames(file) - 1
     steps = max(num_frames - 1, 1)
     wanted = {round(last * number / steps) for number in range(num_frames)}
     pictures = [
         fitted(Image.fromarray(pixels), frame)
-        for index, pixels in enumerate(read_frames(path))
+        for index, pixels in enumerate(read_frames(file))
         if index in wanted
     ]
     if not pictures:

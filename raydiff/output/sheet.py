@@ -13,8 +13,8 @@ from pathlib import Path, PurePath
 from PIL import Image, ImageDraw
 
 from raydiff.errors import ConfigError
-from raydiff.output.frames import VIDEO_SUFFIXES
 from raydiff.output.lettering import Colour, Lettering, Paragraph
+from raydiff.output.media_files import VIDEO_SUFFIXES
 from raydiff.output.pictures import Box, Picture, fitted_size, make_picture, strip_size
 from raydiff.output.sheet_grid import COMPARED_COLUMNS, Cell, Row, SheetGrid, label
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from raydiff.errors import ConfigError, OutputError, nearest
 from raydiff.output.ledger import read_results, read_results_schema
+from raydiff.output.media_files import MEDIA_COLUMNS
 from raydiff.output.metadata_schema import REQUEST_COLUMNS
 from raydiff.output.rows_file import plain
 
-SHOWN_COLUMNS = ("request_id", "status", "error", "file_name", *REQUEST_COLUMNS)
+SHOWN_COLUMNS = ("request_id", "status", "error", *MEDIA_COLUMNS, *REQUEST_COLUMNS)
 COMPARED_COLUMNS = tuple(
     name for name in REQUEST_COLUMNS if name not in ("init_image_sha256", "model_revision")
 )
@@ -113,7 +114,8 @@ class SheetGrid:
     def picture_shapes(self) -> list[tuple[int, int, str]]:
         """Return each width, height and file ending that a picture here has, by the metadata."""
         table = self._table.filter(pc.equal(self._table["status"], "completed"))
-        endings = pc.replace_substring_regex(table["file_name"], r".*\.", ".")
+        names = pc.coalesce(table["member"], table["file_name"])
+        endings = pc.replace_substring_regex(names, r".*\.", ".")
         table = table.select(["width", "height"]).append_column("ending", endings)
         rows = table.group_by(["width", "height", "ending"]).aggregate([]).to_pylist()
         return [(row["width"], row["height"], row["ending"]) for row in rows if row["width"]]

@@ -66,6 +66,14 @@ def read_samples(path: Path, num_members: int) -> Iterator[Sample]:
             yield _sample(members)
 
 
+def member_name(header: bytes) -> str | None:
+    """Return the name of the member whose header this is, None if it is no header."""
+    try:
+        return tarfile.TarInfo.frombuf(header, "ascii", "surrogateescape").name
+    except tarfile.HeaderError:
+        return None
+
+
 def _member(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)
     info.size = len(data)

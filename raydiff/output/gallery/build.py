@@ -29,8 +29,9 @@ from raydiff.output.gallery.chunks import (
     dumps,
     plain_columns,
 )
-from raydiff.output.gallery.thumbnails import PENDING, Thumbnails
+from raydiff.output.gallery.thumbnails import PENDING, MediaPlace, Thumbnails
 from raydiff.output.ledger import read_results
+from raydiff.output.media_files import MEDIA_COLUMNS, describe_media
 from raydiff.output.metadata_schema import REQUEST_COLUMNS
 from raydiff.output.progress import read_progress
 from raydiff.output.run_file import RunFile, read_run
@@ -92,9 +93,9 @@ class Gallery:
         progress = read_progress(self._out_dir)
         table = read_results(self._out_dir, scores=True)
         num_made = self._thumbnails.num_made
-        names = _file_names(table)
+        places = _media_places(table)
         problems = self._thumbnails.make(
-            names.items(),
+            places.items(),
             deadline=None if thumbnails_s is None else time.monotonic() + thumbnails_s,
             on_progress=on_progress,
         )
@@ -125,7 +126,7 @@ class Gallery:
             num_made=self._thumbnails.num_made - num_made,
             num_pending=sum(problem == PENDING for problem in problems.values()),
             problems=tuple(
-                f"{names[request_id]}: {problem}"
+                f"{_describe(places[request_id])}: {problem}"
                 for request_id, problem in problems.items()
                 if problem != PENDING
             ),
@@ -200,11 +201,15 @@ def _make_folder(folder: Path) -> None:
         )
 
 
-def _file_names(table: pa.Table) -> dict[str, str]:
-    """Return the file of each request that has one."""
+def _media_places(table: pa.Table) -> dict[str, MediaPlace]:
+    """Return where the image of each request lies that has one."""
     table = table.filter(pc.and_(pc.is_valid(table["file_name"]), pc.is_valid(table["request_id"])))
-    columns = (table[name].to_pylist() for name in ("request_id", "file_name"))
-    return dict(zip(*columns, strict=True))
+    columns = (table[name].to_pylist() for name in MEDIA_COLUMNS)
+    return dict(zip(table["request_id"].to_pylist(), zip(*columns, strict=True), strict=True))
+
+
+def _describe(place: MediaPlace) -> str | None:
+    return describe_media(dict(zip(MEDIA_COLUMNS, place, strict=True)))
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -14,12 +14,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import av
 from PIL import Image, UnidentifiedImageError
 
 from raydiff.output.atomic import disk_error, replace_file
-from raydiff.output.frames import MediaError, is_video, media_path
+from raydiff.output.media_files import (
+    MEDIA_COLUMNS,
+    MediaError,
+    is_video,
+    media_name,
+    open_media,
+)
+from raydiff.output.storage import open_storage
 from raydiff.output.writer import REQUEST_ID
 
 SIZE = 256
@@ -27,6 +35,8 @@ QUALITY = 80
 THUMBNAILS_DIR = "thumbnails"
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 FILES_IN_FLIGHT = 64
+MediaPlace = tuple[Any, ...]
+"""The values of MEDIA_COLUMNS: less memory than a row, of which there may be millions."""
 PENDING = ""
 """What stands for a thumbnail that there was no time to make."""
 
@@ -41,24 +51,24 @@ class Thumbnails:
     """The thumbnails of one gallery, in `folder`/thumbnails/ab/<request_id>.jpg."""
 
     def __init__(self, out_dir: Path, folder: Path) -> None:
-        self._out_dir = out_dir
+        self._out = open_storage(out_dir)
         self._folder = folder / THUMBNAILS_DIR
         self.num_made = 0
 
     def make(
         self,
-        files: Iterable[tuple[str, str]],
+        files: Iterable[tuple[str, MediaPlace]],
         *,
         deadline: float | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, str]:
-        """Make those of (request_id, file_name) that are not there, and return what is wrong.
+        """Make those of (request_id, place) that are not there, and return what is wrong.
 
         The result gives the reason by request_id, PENDING for files not looked at by the
         `deadline` (time.monotonic()). Raises DiskError if a thumbnail cannot be written.
         """
         known = self._known()
-        wanted = [(one, name) for one, name in files if one not in known]
+        wanted = [(one, place) for one, place in files if one not in known]
         problems = dict.fromkeys((one for one, _ in wanted), PENDING)
         for num_seen, (request_id, problem) in enumerate(self._made(wanted, deadline), start=1):
             if problem is None:
@@ -81,16 +91,16 @@ class Thumbnails:
         }
 
     def _made(
-        self, wanted: list[tuple[str, str]], deadline: float | None
+        self, wanted: list[tuple[str, MediaPlace]], deadline: float | None
     ) -> Iterator[tuple[str, str | None]]:
         """Yield each request with what is wrong with its file, until the deadline."""
         waiting: deque[tuple[str, Future[str | None]]] = deque()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             try:
-                for request_id, file_name in wanted:
+                for request_id, place in wanted:
                     if deadline is not None and time.monotonic() > deadline:
                         break
-                    waiting.append((request_id, pool.submit(self._make_one, request_id, file_name)))
+                    waiting.append((request_id, pool.submit(self._make_one, request_id, place)))
                     if len(waiting) >= FILES_IN_FLIGHT:
                         first, future = waiting.popleft()
                         yield first, future.result()
@@ -99,16 +109,16 @@ class Thumbnails:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _make_one(self, request_id: str, file_name: str) -> str | None:
+    def _make_one(self, request_id: str, place: MediaPlace) -> str | None:
         """Write one thumbnail and return None, or return what is wrong with the file."""
         if not REQUEST_ID.fullmatch(request_id):
             return "its request_id is not one"
         try:
-            data = thumbnail(media_path(self._out_dir, file_name))
+            row = dict(zip(MEDIA_COLUMNS, place, strict=True))
+            with open_media(self._out, row) as file:
+                data = thumbnail(file, is_video=is_video(media_name(row)))
         except MediaError as error:
             return str(error)
-        except FileNotFoundError:
-            return "the file is missing"
         except UnidentifiedImageError:
             return "the file is not an image"
         except _UNREADABLE as error:
@@ -122,13 +132,13 @@ class Thumbnails:
         return None
 
 
-def thumbnail(path: Path) -> bytes:
+def thumbnail(file: BinaryIO, *, is_video: bool) -> bytes:
     """Return a picture of an image or a video as JPEG, at most SIZE pixels wide and high."""
-    if is_video(path.name):
-        picture = _frame(path)
+    if is_video:
+        picture = _frame(file)
         picture.thumbnail((SIZE, SIZE))
     else:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             image.thumbnail((SIZE, SIZE))  # decodes a JPEG at a fraction of its size
             image.load()
             picture = _opaque(image)
@@ -147,9 +157,9 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, over).convert("RGB")
 
 
-def _frame(path: Path) -> Image.Image:
+def _frame(file: BinaryIO) -> Image.Image:
     """Return the key frame before a third of a video: the first is black in many."""
-    with av.open(str(path)) as container:
+    with av.open(file) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         if container.duration:

@@ -112,9 +112,15 @@ class Store {
     return cellOf(chunk.flaws, row % this.status.chunk_rows);
   }
 
+  /* A browser cannot look into a shard: what it can show of one is the thumbnail. */
   fileUrl(row) {
+    if (this.inShard(row)) return this.thumbnailUrl(row);
     const name = this.value("file_name", row);
     return name === null ? null : this.status.root + name.split("/").map(encodeURIComponent).join("/");
+  }
+
+  inShard(row) {
+    return this.value("member", row) !== null;
   }
 
   thumbnailUrl(row) {
@@ -123,6 +129,7 @@ class Store {
   }
 
   mediaKind(row) {
+    if (this.inShard(row)) return "image";
     const name = (this.value("file_name", row) ?? "").toLowerCase();
     return /\.(mp4|webm|mov|mkv)$/.test(name) ? "video" : "image";
   }
