@@ -42,6 +42,8 @@ class EncodedTexts(NamedTuple):
 
     embeds: Sequence[Payload]
     num_from_disk: int
+    warning: str | None = None
+    """What people should be told."""
 
 
 class DenoisedBatch(NamedTuple):

@@ -1,18 +1,31 @@
 """The renderer of a real run: a pipeline that stays loaded while its model is asked for."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from raydiff.config import MemoryConfig, ModelConfig
-from raydiff.engine.messages import Role
-from raydiff.engine.renderer import RenderedBatch
-from raydiff.errors import EngineError, ModelError
-from raydiff.pipelines.base import Pipeline
+from raydiff.config import MemoryConfig, ModelConfig, ProfileName
+from raydiff.engine.messages import Role, TextKey
+from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, RenderedBatch
+from raydiff.errors import EngineError, ModelError, OutOfMemoryError
+from raydiff.memory.profiles import poorer_profile
+from raydiff.pipelines.base import STAGES, Pipeline, Rendered, Stage
+from raydiff.pipelines.embeds_store import EmbedsStore
 from raydiff.pipelines.load import load_pipeline
+from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import ModelInfo, RenderRequest
 from raydiff.weights.resolve import resolve_model
+
+STAGES_OF_ROLE: dict[Role, tuple[Stage, ...]] = {
+    "fused": STAGES,
+    "encode": ("encode",),
+    "denoise": ("denoise",),
+    "denoise_decode": ("denoise", "decode"),
+    "decode": ("decode",),
+}
 
 
 class PipelineRenderer:
@@ -28,12 +41,19 @@ class PipelineRenderer:
         model: ModelConfig,
         memory: MemoryConfig,
         preload: ModelInfo | None = None,
+        embeds_in: str | None = None,
         role: Role = "fused",
     ) -> None:
+        """`embeds_in`: the output folder where an `encode` worker keeps embeddings, if any."""
         self._model = model
-        self._memory = memory
+        self._memory = self._asked_memory = memory
         self._preload = preload
+        self._stages = STAGES_OF_ROLE[role]
+        self._store: EmbedsStore | None = None
+        if embeds_in is not None and role == "encode":
+            self._store = EmbedsStore(embeds_in)
         self._pipeline: Pipeline | None = None
+        self._profile: ProfileName | None = None
         self._unusable: dict[str, ModelError] = {}
 
     def start(self) -> str:
@@ -44,30 +64,100 @@ class PipelineRenderer:
 
     def max_batch_size(self, request: RenderRequest) -> int:
         """Ask the model's memory profile."""
-        return self._resident(request).max_batch_size(request.height, request.width)
+        pipeline = self._resident(request.model, request.model_revision)
+        return pipeline.max_batch_size(request.height, request.width)
 
     def render(self, requests: Sequence[RenderRequest]) -> RenderedBatch:
         """Encode, denoise and decode."""
-        pipeline = self._resident(requests[0])
-        try:
-            rendered = pipeline.render(requests)
-        except torch.AcceleratorError as error:
-            # After an error of the device itself every later call of this process fails too.
-            raise EngineError(f"the GPU failed: {str(error).splitlines()[0]}") from error
-        return RenderedBatch(
-            pixels=rendered.pixels,
-            warnings=rendered.warnings,
-            encode_s=rendered.encode_s,
-            denoise_s=rendered.denoise_s,
-            decode_s=rendered.decode_s,
-            peak_vram_bytes=rendered.peak_vram_bytes,
+        pipeline = self._of(requests)
+        with _device_errors():
+            return _rendered(pipeline.render(requests), pipeline)
+
+    def encode(self, texts: Sequence[TextKey]) -> EncodedTexts:
+        """Encode texts into host memory, or read what an earlier run has kept of them."""
+        pipeline = self._resident(texts[0].model, texts[0].revision)
+        wanted = [key.text for key in texts]
+        stored: dict[str, EncodedPrompt] = {}
+        if self._store is not None:
+            stored = self._store.read(wanted, revision=texts[0].revision, dtype=pipeline.dtype)
+        missing = [text for text in wanted if text not in stored]
+        with _device_errors(), pipeline.fitting(f"{len(missing)} texts"):
+            fresh = dict(zip(missing, pipeline.encode_texts(missing), strict=True))
+        warning = None
+        if self._store is not None:
+            self._store.write(fresh, revision=texts[0].revision)
+            if self._store.error is not None:
+                warning = f"encoded prompts are not kept any more: {self._store.error}"
+                self._store = None
+        encoded = stored | fresh
+        return EncodedTexts([encoded[text] for text in wanted], len(stored), warning)
+
+    def render_encoded(
+        self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, EncodedPrompt]
+    ) -> RenderedBatch:
+        """Denoise and decode."""
+        pipeline = self._of(requests)
+        with _device_errors():
+            return _rendered(pipeline.render(requests, _by_text(embeds)), pipeline)
+
+    def denoise(
+        self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, EncodedPrompt]
+    ) -> DenoisedBatch:
+        """Return each request's latents (C, h, w), float32 in host memory."""
+        pipeline = self._of(requests)
+        with _device_errors(), pipeline.measured(requests) as costs:
+            with costs.timed("encode"):
+                gathered = pipeline.gather(requests, _by_text(embeds))
+            with costs.timed("denoise"):
+                denoised = pipeline.denoise_rows(requests, gathered)
+            # Rows of their own: a pickled view would take the whole batch along.
+            latents = [row.clone() for row in denoised.latents.cpu()]
+        return DenoisedBatch(
+            latents=latents,
+            warnings=gathered.warnings,
+            errors=denoised.errors,
+            encode_s=costs.seconds["encode"],
+            denoise_s=costs.seconds["denoise"],
+            peak_vram_bytes=costs.peak_vram_bytes,
             profile=pipeline.profile.name,
             dtype=pipeline.dtype_name,
         )
 
-    def _resident(self, request: RenderRequest) -> Pipeline:
-        """Return the request's pipeline, loaded in place of the last one if it is another."""
-        name, revision = request.model, request.model_revision
+    def decode(self, requests: Sequence[RenderRequest], latents: Sequence[Tensor]) -> RenderedBatch:
+        """Decode each request's latents (C, h, w)."""
+        pipeline = self._of(requests)
+        with _device_errors(), pipeline.measured(requests) as costs, costs.timed("decode"):
+            decoded = pipeline.decode_rows(torch.stack(list(latents)))
+        return RenderedBatch(
+            pixels=list(decoded.pixels),
+            warnings=decoded.warnings,
+            errors=decoded.errors,
+            encode_s=0.0,
+            denoise_s=0.0,
+            decode_s=costs.seconds["decode"],
+            peak_vram_bytes=costs.peak_vram_bytes,
+            profile=pipeline.profile.name,
+            dtype=pipeline.dtype_name,
+        )
+
+    def step_down(self) -> str | None:
+        """Let the next poorer profile be loaded, or again the one that was asked for."""
+        last = self._profile
+        poorer = poorer_profile(last) if last is not None else None
+        if poorer is None:
+            if self._memory != self._asked_memory:
+                self._memory = self._asked_memory
+                self._unload()
+            return None
+        self._memory = self._memory.model_copy(update={"profile": poorer})
+        self._unload()
+        return f"one row alone is out of memory under profile {last}; it goes on with {poorer}"
+
+    def _of(self, requests: Sequence[RenderRequest]) -> Pipeline:
+        return self._resident(requests[0].model, requests[0].model_revision)
+
+    def _resident(self, name: str, revision: str) -> Pipeline:
+        """Return the model's pipeline, loaded in place of the last one if it is another."""
         pipeline = self._pipeline
         if pipeline is not None and (pipeline.info.name, pipeline.info.revision) == (
             name,
@@ -96,9 +186,51 @@ class PipelineRenderer:
         return info
 
     def _load(self, info: ModelInfo) -> Pipeline:
+        self._unload()
+        try:
+            pipeline = load_pipeline(
+                info, config=self._model, memory=self._memory, stages=self._stages
+            )
+        except torch.OutOfMemoryError as error:
+            if self._memory.profile != "auto":
+                self._profile = self._memory.profile
+            raise OutOfMemoryError(
+                f"{info.name}: its weights do not fit the GPU: {str(error).splitlines()[0]} "
+                "Use a profile that needs less memory."
+            ) from error
+        self._pipeline, self._profile = pipeline, pipeline.profile.name
+        return pipeline
+
+    def _unload(self) -> None:
         self._pipeline = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._pipeline = load_pipeline(info, config=self._model, memory=self._memory)
-        return self._pipeline
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    """After an error of the device itself every later call of this process fails too."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise EngineError(f"the GPU failed: {str(error).splitlines()[0]}") from error
+
+
+def _by_text(embeds: Mapping[TextKey, EncodedPrompt]) -> dict[str, EncodedPrompt]:
+    """A batch is of one model, so that its texts alone tell them apart."""
+    return {key.text: encoded for key, encoded in embeds.items()}
+
+
+def _rendered(rendered: Rendered, pipeline: Pipeline) -> RenderedBatch:
+    return RenderedBatch(
+        pixels=rendered.pixels,
+        warnings=rendered.warnings,
+        errors=rendered.errors,
+        encode_s=rendered.encode_s,
+        denoise_s=rendered.denoise_s,
+        decode_s=rendered.decode_s,
+        peak_vram_bytes=rendered.peak_vram_bytes,
+        profile=pipeline.profile.name,
+        dtype=pipeline.dtype_name,
+    )

@@ -231,6 +231,8 @@ class Worker:
             if not isinstance(outcome, Failure):
                 self._num_rows += len(texts)
                 num_from_disk += outcome.num_from_disk
+                if outcome.warning is not None:
+                    warnings.append(f"worker {self._worker_id}: {outcome.warning}")
                 embeds += outcome.embeds
                 errors += [None] * len(texts)
             elif outcome.is_out_of_memory and self._step_down(key, warnings):

@@ -86,6 +86,12 @@ def compute_dtype(name: DTypeName, memory: MemoryConfig, gpu: GpuInfo | None) ->
     return "bfloat16" if is_on_gpu else "float32"
 
 
+def poorer_profile(name: ProfileName) -> ProfileName | None:
+    """Return the next profile on the way to the least VRAM; None for the last that uses a GPU."""
+    poorer = PROFILES[PROFILES.index(name) + 1 :]
+    return poorer[0] if poorer and poorer[0] != "cpu_only" else None
+
+
 def resolve_profile(
     memory: MemoryConfig,
     family: str,

@@ -182,16 +182,28 @@ class Pipeline(ABC):
 
     @contextmanager
     def measured(self, requests: Sequence[RenderRequest]) -> Iterator[Costs]:
-        """Measure what stages cost; torch's OutOfMemoryError in them becomes ours."""
+        """Measure what the stages of a batch cost; see `fitting`."""
         costs = Costs(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        try:
+        first = requests[0]
+        with self.fitting(f"a batch of {len(requests)} at {first.width}x{first.height}"):
             yield costs
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(self._out_of_memory(requests, error)) from error
         if self.device.type == "cuda":
             costs.peak_vram_bytes = torch.cuda.max_memory_reserved(self.device)
+
+    @contextmanager
+    def fitting(self, what: str) -> Iterator[None]:
+        """Raise raydiff's OutOfMemoryError, which says `what` does not fit, for torch's."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemoryError(
+                f"{what} does not fit {self.device_name} under profile {self.profile.name}: "
+                f"{str(error).splitlines()[0]} "
+                "Use a smaller engine.batch_size or a profile that needs less memory."
+            ) from error
 
     def _decode_good(self, requests: Sequence[RenderRequest], denoised: Denoised) -> Decoded:
         """Decode the rows whose latents are of use; the others' images are black."""
@@ -208,16 +220,6 @@ class Pipeline(ABC):
             for row, warning, error in zip(good, decoded.warnings, decoded.errors, strict=True):
                 warnings[row], errors[row] = warning, error
         return Decoded(pixels, tuple(warnings), tuple(errors))
-
-    def _out_of_memory(self, requests: Sequence[RenderRequest], error: Exception) -> str:
-        torch.cuda.empty_cache()
-        first = requests[0]
-        reason = str(error).splitlines()[0]
-        return (
-            f"a batch of {len(requests)} at {first.width}x{first.height} does not fit "
-            f"{self.device_name} under profile {self.profile.name}: {reason} "
-            "Use a smaller engine.batch_size or a profile that needs less memory."
-        )
 
 
 def joined(*warnings: str | None) -> str | None:

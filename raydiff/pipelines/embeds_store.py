@@ -1,0 +1,125 @@
+"""Encoded prompts kept beside the output, for later runs: a safetensors file for each text.
+
+    OUT/embeds/ab/<hash of model revision, dtype and text>.safetensors
+They are a convenience: a file that is missing or damaged is made again, and a disk that fails ends
+the keeping, not the run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from raydiff.output.storage import open_storage
+from raydiff.pipelines.prompt_cache import EncodedPrompt
+from raydiff.request import RECIPE_VERSION
+
+EMBEDS_DIR = "embeds"
+MAX_BYTES = 64 * 2**20
+"""Most that is read of a file; SDXL's have 0.3 MB in bfloat16 and 0.6 MB in float32."""
+
+
+class EmbedsStore:
+    """The encoded prompts of one output folder, local or in an object store."""
+
+    def __init__(self, out: str) -> None:
+        self._storage = open_storage(out)
+        self.error: str | None = None
+        """Why nothing is read or written any more."""
+
+    def read(
+        self, texts: Iterable[str], *, revision: str, dtype: torch.dtype
+    ) -> dict[str, EncodedPrompt]:
+        """Return those of the texts that are here, intact."""
+        found: dict[str, EncodedPrompt] = {}
+        for text in texts:
+            if self.error is not None:
+                break
+            key = _key(revision, dtype, text)
+            try:
+                data = self._storage.read_range(_file_name(key), 0, MAX_BYTES)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self._give_up(error)
+                break
+            encoded = _parse(data, key, dtype)
+            if encoded is not None:
+                found[text] = encoded
+        return found
+
+    def write(self, encoded: Mapping[str, EncodedPrompt], *, revision: str) -> None:
+        """Keep encoded texts; each file is there whole or not at all."""
+        for text, one in encoded.items():
+            if self.error is not None:
+                return
+            key = _key(revision, one.embeds.dtype, text)
+            try:
+                self._storage.put(_file_name(key), _serialize(one, key), is_durable=False)
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.error = f"{self._storage.describe(EMBEDS_DIR)}: {error.strerror or error}"
+
+
+def _key(revision: str, dtype: torch.dtype, text: str) -> str:
+    """Return the hash of everything that an embedding depends on, 32 hex digits."""
+    parts = [RECIPE_VERSION, revision, str(dtype), text]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _file_name(key: str) -> str:
+    return f"{EMBEDS_DIR}/{key[:2]}/{key}.safetensors"
+
+
+def _serialize(encoded: EncodedPrompt, key: str) -> bytes:
+    tensors = {"embeds": encoded.embeds}
+    if encoded.pooled is not None:
+        tensors["pooled"] = encoded.pooled
+    metadata = {
+        "is_truncated": json.dumps(encoded.is_truncated),
+        "checksum": _checksum(encoded, key),
+    }
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def _parse(data: bytes, key: str, dtype: torch.dtype) -> EncodedPrompt | None:
+    """Return what `_serialize` was given, None where the file is damaged or another one's."""
+    try:
+        tensors = load(data)
+    except SafetensorError:
+        return None
+    metadata = _metadata(data)
+    embeds, pooled = tensors.get("embeds"), tensors.get("pooled")
+    if embeds is None or embeds.dtype != dtype:
+        return None
+    encoded = EncodedPrompt(
+        embeds=embeds, pooled=pooled, is_truncated=metadata.get("is_truncated") == "true"
+    )
+    return encoded if metadata.get("checksum") == _checksum(encoded, key) else None
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """Return the header's free text: `load` has checked the header, but does not return it."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8:end]).get("__metadata__") or {}
+    return metadata
+
+
+def _checksum(encoded: EncodedPrompt, key: str) -> str:
+    """Return a hash of the content and of whose it is: the format itself has none."""
+    digest = hashlib.blake2b(f"{key} {encoded.is_truncated}".encode(), digest_size=16)
+    for tensor in (encoded.embeds, encoded.pooled):
+        if tensor is not None:
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
