@@ -10,18 +10,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydiff.bench.null_model import MODEL
 from raydiff.config import RunConfig
 from raydiff.engine.cluster import Resources
 from raydiff.engine.known_models import KnownModels
 from raydiff.engine.render import run_manifest
 from raydiff.manifest.reader import open_manifest
 from raydiff.output.progress import Progress
-from raydiff.request import ModelInfo
 
 RENDERER = "raydiff.bench.null_renderer:NullRenderer"
 FIRST_SAMPLE_ROWS = 10_000
 """Memory is compared from here on: buffers and windows are full by then."""
-IMAGE_SIZE = 8
 ROWS_PER_GROUP = 100_000
 
 
@@ -134,20 +133,3 @@ def _rss_bytes() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return int(pages) * resource.getpagesize()
-
-
-MODEL = ModelInfo(
-    name="null",
-    family="sd21",
-    path="",
-    revision="local-null",
-    tasks=("txt2img",),
-    default_height=IMAGE_SIZE,
-    default_width=IMAGE_SIZE,
-    size_multiple=IMAGE_SIZE,
-    default_num_inference_steps=1,
-    default_guidance_scale=1.0,
-    default_strength=1.0,
-    default_sampler="ddim",
-    num_parameters={},
-)

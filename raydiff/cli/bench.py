@@ -1,6 +1,7 @@
 """`raydiff bench`: measure the models on a GPU and the engine on any machine."""
 
 import json
+import sys
 import tempfile
 from dataclasses import asdict
 from typing import Any
@@ -55,6 +56,40 @@ def bench_engine(
         f"batches of {batch_size}); driver memory {report.rss_last_bytes / MIB:.0f} MiB, "
         f"{report.rss_growth_bytes / MIB:+.0f} MiB since row 10,000"
     )
+
+
+@bench.command("ledger")
+@click.option("--rows", default=10_000_000, show_default=True)
+@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
+def bench_ledger(rows: int, is_json: bool) -> None:
+    """Generate a run of many rows, and measure resume, plan and status on it.
+
+    Exit status 1 when one takes more than 30 s or 1 GB, or counts wrong.
+
+    \b
+    raydiff bench ledger
+    raydiff bench ledger --rows 1000000
+    """
+    from raydiff.bench.ledger import bench_ledger as run
+
+    def say(step: str) -> None:
+        click.echo(f"{step} ...", err=True)
+
+    with tempfile.TemporaryDirectory(prefix="raydiff-bench-") as folder:
+        report = run(num_rows=rows, folder=folder, on_step=say)
+    if is_json:
+        click.echo(json.dumps(asdict(report) | {"is_good": report.is_good}))
+    else:
+        click.echo(
+            f"{rows:,} rows in {report.num_parts} parts, {report.ledger_bytes / MIB:,.0f} MiB; "
+            f"the last part, of {report.num_torn} rows, is torn"
+        )
+        for one in report.measurements:
+            click.echo(
+                f"{one.name:<20} {one.wall_s:6.1f} s  {one.peak_rss_bytes / MIB:5.0f} MiB  "
+                f"{one.num_done:,} rows done" + ("" if one.is_good else "  NOT as it must be")
+            )
+    sys.exit(0 if report.is_good else 1)
 
 
 @bench.command("model")
