@@ -120,6 +120,11 @@ class Ledger:
                 return result
         return None
 
+    def knows(self, request_id: str) -> bool:
+        """Return whether a row with this request has ended, by the first 64 bits of its id."""
+        key = request_key(request_id)
+        return request_id in self._pending_results or key in self._requests
+
     def add(self, row: ManifestRow, result: RenderResult) -> bool:
         """Take in an ended row, to be committed next. Returns False if it had ended before."""
         if self.is_done(row.row_index, row.image_index):

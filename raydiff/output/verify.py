@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,8 +17,16 @@ from numpy.typing import NDArray
 
 from raydiff.output.keys import Keys, request_key, request_keys, row_keys
 from raydiff.output.lock import METADATA_DIR
+from raydiff.output.media_files import (
+    MediaError,
+    describe_media,
+    open_media,
+    with_media_columns,
+)
 from raydiff.output.part_files import DamagedPartError, Part, list_parts, map_parts, read_columns
 from raydiff.output.run_file import read_run
+from raydiff.output.shard_index import SHARDS_DIR
+from raydiff.output.storage import Storage, open_storage
 from raydiff.output.writer import IMAGES_DIR, REQUEST_ID
 
 NUM_THREADS = 8
@@ -59,12 +67,12 @@ class Verification:
     Memory is about 20 bytes for each row of the metadata.
     """
 
-    def __init__(self, out_dir: str | Path, *, num_threads: int = NUM_THREADS) -> None:
-        """Raises OutputError if `out_dir` is not a run."""
-        self._out_dir = Path(out_dir)
-        self._folder = self._out_dir / METADATA_DIR
+    def __init__(self, out: str | Path | Storage, *, num_threads: int = NUM_THREADS) -> None:
+        """Raises OutputError if `out` is not a run."""
+        self._out = open_storage(out)
+        self._folder = self._out.folder(METADATA_DIR)
         self._num_threads = num_threads
-        self.num_manifest_rows = read_run(out_dir).num_rows
+        self.num_manifest_rows = read_run(self._out).num_rows
         self.num_rows = 0
         """Rows of the metadata, one for each image of a manifest row."""
         self.num_missing_rows = 0
@@ -73,6 +81,8 @@ class Verification:
         """Files hashed."""
         self.num_bytes = 0
         self._damaged: set[str] = set()
+        self._shards: set[str] = set()
+        """Shards that rows name."""
 
     def __iter__(self) -> Iterator[Problem]:
         summaries, damaged = map_parts(self._folder, _SUMMARY_COLUMNS, _summarise)
@@ -109,7 +119,9 @@ class Verification:
         with ThreadPoolExecutor(self._num_threads) as pool:
             try:
                 for claim in self._claims(files):
-                    waiting.append(pool.submit(_check_file, self._out_dir, claim))
+                    if claim.member is not None:
+                        self._shards.add(claim.file_name)
+                    waiting.append(pool.submit(_check_file, self._out, claim))
                     if len(waiting) >= FILES_IN_FLIGHT:
                         yield from self._count(waiting.popleft().result())
                 while waiting:
@@ -137,20 +149,29 @@ class Verification:
 
     def _read_claims(self, part: Part) -> pa.Table | None:
         try:
-            return read_columns(part, _CLAIM_COLUMNS)
+            return with_media_columns(read_columns(part, _CLAIM_COLUMNS))
         except DamagedPartError as error:
             self._damaged.add(error.uri)
             return None
 
     def _find_orphans(self, files: Keys) -> Iterator[Problem]:
-        images = self._out_dir / IMAGES_DIR
-        for folder in sorted(images.glob("[!.]*")):
-            for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
-                if not _is_among(path.stem, files):
-                    name = path.relative_to(self._out_dir).as_posix()
-                    yield Problem(
-                        kind="orphan", file_name=name, message=f"{name}: no row names this file"
-                    )
+        named = (name for name in self._image_files() if not _is_among(_stem(name), files))
+        shards = (f"{SHARDS_DIR}/{name}" for name in self._out.list_names(SHARDS_DIR))
+        unnamed = (one for one in shards if one.endswith(".tar") and one not in self._shards)
+        for name in itertools.chain(named, unnamed):
+            yield Problem(kind="orphan", file_name=name, message=f"{name}: no row names this file")
+
+    def _image_files(self) -> Iterator[str]:
+        for folder in self._out.list_names(IMAGES_DIR):
+            if not folder.startswith("."):
+                yield from self._files_in(f"{IMAGES_DIR}/{folder}")
+
+    def _files_in(self, folder: str) -> Iterator[str]:
+        """Yield the files in a folder, or the name itself if it is a file."""
+        try:
+            yield from (f"{folder}/{name}" for name in self._out.list_names(folder))
+        except NotADirectoryError:
+            yield folder
 
 
 class _Summary(NamedTuple):
@@ -163,6 +184,8 @@ class _Claim(NamedTuple):
     file_name: str
     sha256: str
     size_bytes: int
+    member: str | None
+    offset: int | None
 
 
 class _Checked(NamedTuple):
@@ -198,17 +221,17 @@ def _new_claims(table: pa.Table, files: Keys, is_seen: NDArray[np.bool_]) -> Ite
         )
 
 
-def _check_file(out_dir: Path, claim: _Claim) -> _Checked:
-    path = out_dir / claim.file_name
+def _check_file(out: Storage, claim: _Claim) -> _Checked:
     digest = hashlib.sha256()
     size = 0
     try:
-        with path.open("rb") as file:
+        with open_media(out, claim._asdict()) as file:
             while block := file.read(READ_BYTES):
                 digest.update(block)
                 size += len(block)
-    except FileNotFoundError:
-        return _Checked(0, _file_problem(claim, "missing_file", "the file is missing"))
+    except MediaError as error:
+        kind: ProblemKind = "missing_file" if error.is_missing else "unreadable_file"
+        return _Checked(size, _file_problem(claim, kind, str(error)))
     except OSError as error:
         return _Checked(size, _file_problem(claim, "unreadable_file", f"{error.strerror}"))
     if size != claim.size_bytes:
@@ -221,12 +244,17 @@ def _check_file(out_dir: Path, claim: _Claim) -> _Checked:
 
 
 def _file_problem(claim: _Claim, kind: ProblemKind, rule: str) -> Problem:
+    name = describe_media(claim._asdict())
     return Problem(
         kind=kind,
         row_index=claim.row_index,
         file_name=claim.file_name,
-        message=f"row {claim.row_index}: {claim.file_name}: {rule}",
+        message=f"row {claim.row_index}: {name}: {rule}",
     )
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem
 
 
 def _is_among(request_id: str, files: Keys) -> bool:
