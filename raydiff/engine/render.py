@@ -19,6 +19,7 @@ from raydiff.errors import ConfigError, EngineError, InputError
 from raydiff.manifest.reader import Manifest
 from raydiff.manifest.rows import extra_schema, read_rows
 from raydiff.memory.gpus import GpuInfo, visible_gpus
+from raydiff.output.failed_rows import FailedRows, drop_failed_rows
 from raydiff.output.ledger import Ledger
 from raydiff.output.progress import Progress, ProgressFile
 from raydiff.output.run_file import Run, start_run
@@ -59,13 +60,15 @@ def render(
     *,
     model: str | None = None,
     config: RunConfig | None = None,
+    retry: FailedRows | None = None,
     on_progress: OnProgress | None = None,
     on_warning: OnWarning | None = None,
 ) -> RunSummary:
     """Render a manifest (or the config's prompts) into the folder `out`; continue what is begun.
 
-    manifest, out and model lie over `config`, which has every other setting. on_progress is
-    called a few times a second, on_warning with what went wrong on the way and was dealt with.
+    manifest, out and model lie over `config`, which has every other setting. `retry` names rows
+    that are to be made again though they have ended. on_progress is called a few times a second,
+    on_warning with what went wrong on the way and was dealt with.
     Raises InputError where nothing can be rendered, EngineError where the run cannot go on; what
     has ended by then is committed. Rows that fail are in the metadata and in the summary.
     """
@@ -81,6 +84,7 @@ def render(
         renderer=RENDERER,
         arguments={"model": config.model, "memory": config.memory, "preload": preload},
         resources=choose_resources(config, visible_gpus()),
+        retry=retry,
         on_progress=on_progress,
         on_warning=on_warning,
     )
@@ -94,6 +98,7 @@ def run_manifest(
     renderer: str,
     arguments: dict[str, Any],
     resources: Resources,
+    retry: FailedRows | None = None,
     on_progress: OnProgress | None = None,
     on_warning: OnWarning | None = None,
 ) -> RunSummary:
@@ -104,6 +109,8 @@ def run_manifest(
     # What no row could be rendered with is refused here, before the folder is touched.
     read_rows(manifest, config=config, models=models)
     with _start(manifest, config, models) as run:
+        if retry is not None:
+            drop_failed_rows(run, retry)
         extra = extra_schema(manifest)
         ledger = Ledger(run.storage, extra_schema=extra, config=config.output, lock=run.lock)
         for warning in ledger.warnings:
