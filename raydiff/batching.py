@@ -3,7 +3,7 @@ nothing but the requests. Pure: no clock, no randomness, memory bounded by the l
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from raydiff.request import RenderBatch, RenderRequest
@@ -36,6 +36,7 @@ class Batcher:
         self._buckets: dict[BatchKey, _Bucket] = {}
         self._num_pending = 0
         self._next_arrival = 0
+        self._last_return = 0
         self._next_batch_id = 0
 
     def __len__(self) -> int:
@@ -50,6 +51,12 @@ class Batcher:
         """Let a request wait behind those of its key and step count."""
         self._insert(self._next_arrival, request)
         self._next_arrival += 1
+
+    def put_back(self, requests: Sequence[RenderRequest]) -> None:
+        """Let requests that were taken before wait again, in front and in this order."""
+        for request in reversed(requests):
+            self._last_return -= 1
+            self._insert(self._last_return, request)
 
     def take(
         self,

@@ -3,343 +3,437 @@
 Events come in through `handle`, `offer`, `close_input`, `drain`; `decide(now)` says what to do.
 """
 
-from collections import deque
+import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Literal
+from dataclasses import replace
+from typing import Any
 
-from raydiff.batching import Batcher, BatchKey
 from raydiff.config import EngineConfig
+from raydiff.engine import open_shards
+from raydiff.engine.circuit_breaker import CircuitBreaker
+from raydiff.engine.encoding import DoomedRow
+from raydiff.engine.jobs import RowJob, TextJob
 from raydiff.engine.messages import (
     BatchDone,
     BatchReply,
     Decision,
-    Dispatch,
+    DenoiseDone,
+    DenoiseReply,
+    DropLatents,
+    EncodeDone,
+    EncodeReply,
     EndRequest,
     Event,
     FinishRun,
+    Flush,
+    FlushDone,
+    FlushReply,
+    InputsLost,
     Place,
-    StartWorker,
-    StopWorker,
+    Role,
     WorkerFailed,
+    WorkerLeaving,
     WorkerPlaced,
     WorkerReady,
 )
+from raydiff.engine.open_shards import OpenShards
+from raydiff.engine.places import Outcome, Places, Slot, Unpublished, stop
+from raydiff.engine.stages import Stages, pipeline_of
 from raydiff.errors import DiskError, EngineError, RaydiffError
-from raydiff.request import RenderBatch, RenderRequest, RenderResult
+from raydiff.request import RenderRequest, RenderResult, Status
 
-FIRST_BATCH_SIZE = 8
-"""Rows of a worker's first batch of a shape, which it may split: its reply says how many fit."""
-MAX_START_FAILURES = 3
-"""Starts in a row that may fail before a worker's place is given up."""
-MIN_CRASHES_ALONE = 2
-"""Crashes that a single row must have caused with nothing beside it, to be quarantined."""
 MAX_CRASHES_WITHOUT_RESULT = 10
-"""Crashes in a row, with no image in between, that end the run: then it is not the rows' fault."""
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class _InFlight:
-    """A batch that a worker holds, or that waits to be retried."""
-
-    batch: RenderBatch
-    num_crashes: int = 0
-    """Workers that died with this batch as the suspect."""
-    num_crashes_alone: int = 0
-    """Those of them that held nothing else."""
-    is_alone: bool = False
-    """Sent to an idle worker that gets nothing else meanwhile, so that blame is certain."""
-
-
-@dataclass(kw_only=True, slots=True)
-class _Slot:
-    """A place for one worker, and the process that has it now."""
-
-    place: Place
-    state: Literal["empty", "starting", "ready", "lost"] = "empty"
-    incarnation: int = 0
-    deadline: float = 0.0
-    num_start_failures: int = 0
-    model: str | None = None
-    """Of the last batch: resident in the worker."""
-    batch_sizes: dict[BatchKey, int] = field(default_factory=dict)
-    in_flight: deque[_InFlight] = field(default_factory=deque)
-    """First in, first out: the head is the oldest."""
+"""Crashes of a role in a row, with nothing done in between, that end the run: then it is not the
+rows' fault."""
+MAX_INPUTS_LOST = 5
+"""Times that a batch may lose its embeddings or latents with their node before its rows fail."""
 
 
 class Scheduler:
     """Hands batches to workers, a window of them to each, and deals with every death.
 
-    A dead worker's oldest batch is the suspect. It is retried whole, then (one crash before
-    `max_crashes`) row by row, and a row with `max_crashes` crashes, two of them by itself, is
-    quarantined: one by itself may be chance, its batch mates' crashes stand on its account too.
-    Everything a dead worker held is retried alone: on an idle worker, with nothing queued behind.
-    So a batch that was only being written while the next one crashed is blamed once at most.
+    A dead worker's oldest batch is the suspect (see `Job.blame`). Everything that the worker held
+    is retried alone: on an idle worker, with nothing queued behind. So a batch that was only
+    being written while the next one crashed is blamed once at most. Nothing is blamed for a
+    worker that was stopped, or whose node went away: what that one held goes to the next.
+
+    A row ends when its worker has published its file. One that lies in an open shard, or failed
+    on a worker on which everything fails, is rendered again when that worker is gone.
     """
 
     def __init__(
-        self, places: Sequence[Place], config: EngineConfig, *, embeds_cache_bytes: int = 0
+        self,
+        places: Sequence[Place],
+        config: EngineConfig,
+        *,
+        embeds_cache_bytes: int = 0,
+        shard_s: float = math.inf,
     ) -> None:
+        """`embeds_cache_bytes` is for split runs, `shard_s` for rows that wait in shards."""
         self._config = config
-        self._embeds_cache_bytes = embeds_cache_bytes
-        self._slots = {place.worker_id: _Slot(place=place) for place in places}
-        self._batcher = Batcher(config.lookahead)
-        self._suspects: deque[_InFlight] = deque()
+        self._places = Places(places, config)
         self._decisions: list[Decision] = []
-        self._num_batches = 0
-        self._num_crashes_without_result = 0
-        self._is_input_closed = False
+        self._stages = Stages(
+            self._places,
+            pipeline_of(places),
+            config,
+            embeds_cache_bytes=embeds_cache_bytes,
+            say=self._decisions.append,
+            quarantine=self._quarantine,
+        )
+        self._shards = OpenShards(shard_s)
+        self._breaker = CircuitBreaker(config)
+        self._crashes_without_result: Counter[Role] = Counter()
         self._is_draining = False
         self._error: RaydiffError | None = None
 
     @property
     def wants_rows(self) -> bool:
         """Whether another request may be offered."""
-        return not self._is_input_closed and not self._is_draining and not self._batcher.is_full
+        is_over = self._stages.is_input_closed or self._is_draining
+        return not is_over and not self._stages.is_input_full
 
     @property
     def num_in_flight(self) -> int:
-        """Batches that workers hold."""
-        return sum(len(slot.in_flight) for slot in self._slots.values())
+        """Batches of rows that workers hold."""
+        return self._stages.num_rows_in_flight
 
     @property
     def worker_states(self) -> dict[str, str]:
-        """Per worker: empty, starting, idle, busy, or lost (it could not be started)."""
-        return {
-            slot.place.worker_id: ("busy" if slot.in_flight else "idle")
-            if slot.state == "ready"
-            else slot.state
-            for slot in self._slots.values()
-        }
+        """Per worker: empty, pending (no node has it yet), loading, idle, busy, leaving or lost."""
+        return {slot.place.worker_id: slot.shown_state for slot in self._places}
 
     @property
     def queue_lengths(self) -> dict[str, int]:
-        """What waits where, for people who watch."""
-        return {"rows_waiting": self._num_queued, "in_flight_fused": self.num_in_flight}
+        """Rows, texts and batches that wait, by where they do."""
+        return self._stages.queue_lengths | {
+            "rows_unpublished": sum(len(slot.unpublished) for slot in self._places),
+            "rows_withheld": sum(len(slot.withheld) for slot in self._places),
+        }
 
     def offer(self, request: RenderRequest) -> None:
         """Queue a request."""
-        self._batcher.add(request)
+        self._stages.offer(request)
 
     def close_input(self) -> None:
         """Say that no more requests come."""
-        self._is_input_closed = True
+        self._stages.is_input_closed = True
 
     def drain(self) -> None:
-        """Let the batches in flight end, and start nothing more."""
+        """Let the batches in flight end, in later stages too, and start nothing more."""
         self._is_draining = True
+        self._stages.drop_first_queue()
 
     def abort(self, error: RaydiffError) -> None:
         """Drain, then end the run with `error`; the first error stands."""
-        self._is_draining = True
         self._error = self._error or error
+        self.drain()
+
+    def set_places(self, places: Sequence[Place]) -> None:
+        """Have these places from now on; a worker whose place goes ends what it holds first."""
+        self._stages.check_roles(places)
+        self._places.set(places)
 
     def handle(self, event: Event, now: float) -> None:
         """Take in what a worker reports; reports of replaced workers are ignored."""
-        slot = self._slots[event.worker_id]
-        if event.incarnation != slot.incarnation or slot.state in ("empty", "lost"):
+        slot = self._places.find(event.worker_id, event.incarnation)
+        if slot is None:
             return
         match event:
             case WorkerPlaced():
-                slot.deadline = now + self._config.start_timeout_s
+                slot.placed(now)
             case WorkerReady():
-                slot.state = "ready"
-                slot.num_start_failures = 0
+                slot.ready(now)
+            case WorkerLeaving():
+                slot.leave("drained", event.reason)
             case WorkerFailed():
                 self._worker_failed(slot, event)
+            case EncodeDone():
+                self._encode_done(slot, event.reply, now)
+            case DenoiseDone():
+                self._denoise_done(slot, event.reply, now)
             case BatchDone():
-                self._batch_done(slot, event.reply)
+                self._batch_done(slot, event.reply, now)
+            case FlushDone():
+                self._flush_done(slot, event.reply, now)
+            case InputsLost():
+                self._inputs_lost(slot, event.batch_id, now)
 
     def decide(self, now: float) -> list[Decision]:
         """Return what to do, in order. `now` is any clock that only goes forward, in seconds."""
-        if self._is_draining:
-            if self.num_in_flight == 0:
-                self._decisions.append(FinishRun(error=self._error))
-        else:
-            self._stop_late_workers(now)
+        self._stop_workers(now)
+        if not self._is_draining:
             self._start_workers(now)
-            self._dispatch()
-            if self._is_input_closed and not self._num_queued and self.num_in_flight == 0:
-                self._decisions.append(FinishRun())
-        decisions, self._decisions = self._decisions, []
+        if not self._is_draining:
+            self._stages.dispatch(now)
+        elif self._stages.has_later_stage:
+            self._stages.dispatch_queue(self._stages.last_role, now)
+        self._flush(now)
+        self._finish()
+        decisions = self._decisions.copy()
+        self._decisions.clear()
         return decisions
 
-    @property
-    def _num_queued(self) -> int:
-        return len(self._batcher) + len(self._suspects)
+    # -- starts and stops ----------------------------------------------------------------------
+
+    def _start_workers(self, now: float) -> None:
+        for role in self._stages.roles:
+            demand = self._stages.demand(role)
+            if demand and (error := self._places.dead_role(role, now)) is not None:
+                self.abort(error)
+                return
+            self._decisions.extend(self._places.start(role, demand, now))
+
+    def _stop_workers(self, now: float) -> None:
+        """Kill who starts, renders or flushes for too long, and who is to leave and may."""
+        if not self._is_draining:
+            self._decisions.extend(self._places.stop_late(now))
+        for slot in self._places:
+            if slot.state not in ("pending", "loading", "ready") or slot.stopping is not None:
+                continue
+            if slot.state == "ready":
+                late = self._stages.lateness(slot, now) or open_shards.lateness(slot, now)
+                if slot.is_late_again(late is not None) and late is not None:
+                    self._decisions.append(stop(slot, "hung", late))
+                    continue
+            if slot.leaving is not None and slot.may_go:
+                self._decisions.append(stop(slot, slot.leaving, slot.leaving_reason))
 
     # -- deaths --------------------------------------------------------------------------------
 
-    def _worker_failed(self, slot: _Slot, event: WorkerFailed) -> None:
-        was_starting = slot.state == "starting"
-        held, slot.in_flight = slot.in_flight, deque()
-        slot.state = "empty"
-        slot.model = None
-        slot.batch_sizes.clear()
+    def _worker_failed(self, slot: Slot, event: WorkerFailed) -> None:
+        was_starting = slot.state in ("pending", "loading")
+        is_blameless = event.cause in ("node", "stopped") or slot.leaving is not None
+        held, stopped = list(slot.in_flight), slot.stopping
+        failed = self._breaker.take_back(slot)
+        unpublished = [row.request for row in slot.unpublished.values()]
+        slot.vacate()
         if event.error is not None:
             self.abort(event.error)
         elif was_starting:
-            self._start_failed(slot, event.reason)
-        elif held:
-            self._crashed(held, event.reason)
+            self._places.start_failed(slot, event, stopped)
+        elif not self._is_draining:
+            self._stages.offer_again(failed)
+            self._shards_lost(unpublished, event.reason)
+            if is_blameless or not held:
+                self._stages.put_back(slot.place.role, held)
+            else:
+                self._crashed(slot.place.role, held, event.reason)
+        self._places.forget_removed(slot)
 
-    def _start_failed(self, slot: _Slot, reason: str) -> None:
-        slot.num_start_failures += 1
-        if slot.num_start_failures >= MAX_START_FAILURES:
-            slot.state = "lost"
-        is_hopeless = not any(
-            other.state in ("starting", "ready") for other in self._slots.values()
-        )
-        if slot.state == "lost" and is_hopeless:
-            self.abort(EngineError(f"no worker could start: {reason}"))
-
-    def _crashed(self, held: deque[_InFlight], reason: str) -> None:
-        """Blame the oldest batch, and put all of them back to be retried alone."""
-        suspect = held.popleft()
-        suspect.num_crashes += 1
-        suspect.num_crashes_alone += suspect.is_alone
-        self._suspects.extendleft(reversed(held))
-        is_single = len(suspect.batch.requests) == 1
-        if is_single and self._is_convicted(suspect):
-            self._quarantine(suspect, reason)
-        elif not is_single and suspect.num_crashes >= self._config.max_crashes - 1:
-            self._split(suspect)
+    def _crashed(self, role: Role, held: list[Any], reason: str) -> None:
+        """Blame the oldest job, and put all of them back to be retried alone."""
+        head: RowJob | TextJob = held[0]
+        verdict = head.blame(self._config.max_crashes)
+        for job in held:
+            job.is_suspect = True
+        if verdict == "again":
+            self._stages.put_back(role, held)
         else:
-            self._suspects.appendleft(suspect)
-        self._num_crashes_without_result += 1
-        if self._num_crashes_without_result >= MAX_CRASHES_WITHOUT_RESULT:
+            self._stages.put_back(role, held[1:])
+            self._stages.let_go(role, head)
+            if verdict == "split":
+                begin = "encode" if role == "encode" else self._stages.first_role
+                self._stages.put_back(begin, head.split())
+            else:
+                self._convict(head, reason)
+        self._crashes_without_result[role] += 1
+        num_crashes = self._crashes_without_result[role]
+        if num_crashes >= MAX_CRASHES_WITHOUT_RESULT:
+            what = "prompt" if role == "encode" else "image"
             self.abort(
                 EngineError(
-                    f"workers died {self._num_crashes_without_result} times in a row without "
-                    f"one finished image; the last: {reason}"
+                    f"workers died {num_crashes} times in a row without one finished {what}; "
+                    f"the last: {reason}"
                 )
             )
 
-    def _is_convicted(self, suspect: _InFlight) -> bool:
-        max_crashes = self._config.max_crashes
-        return suspect.num_crashes >= max_crashes and suspect.num_crashes_alone >= min(
-            MIN_CRASHES_ALONE, max_crashes
-        )
+    def _convict(self, job: RowJob | TextJob, reason: str) -> None:
+        what = "encoding this row's text" if isinstance(job, TextJob) else "rendering this row"
+        error = f"{job.num_crashes} workers died {what}; the last: {reason}"
+        if isinstance(job, TextJob):
+            self._stages.convict(job, error)
+        else:
+            self._quarantine(DoomedRow(request=job.batch.requests[0], error=error))
 
-    def _split(self, suspect: _InFlight) -> None:
-        for request in reversed(suspect.batch.requests):
-            single = replace(suspect.batch, requests=(request,))
-            self._suspects.appendleft(_InFlight(batch=single, num_crashes=suspect.num_crashes))
+    def _quarantine(self, row: DoomedRow) -> None:
+        self._end(_result(row.request, "quarantined", row.error))
 
-    def _quarantine(self, suspect: _InFlight, reason: str) -> None:
-        result = RenderResult(
-            request_id=suspect.batch.requests[0].request_id,
-            status="quarantined",
-            error=f"{suspect.num_crashes} workers died rendering this row; the last: {reason}",
-        )
-        self._decisions.append(EndRequest(result=result))
+    def _shards_lost(self, requests: Sequence[RenderRequest], reason: str) -> None:
+        """Let rows that were rendered, but not published, be rendered again."""
+        again, failed = self._shards.lost(requests, reason)
+        self._stages.offer_again(again)
+        for row in failed:
+            self._end(_result(row.request, "failed", row.error))
+
+    def _inputs_lost(self, slot: Slot, batch_id: int, now: float) -> None:
+        """Let a batch begin anew whose embeddings or latents are gone."""
+        job = self._stages.take_done(slot, batch_id, now, is_timed=False)
+        if not isinstance(job, RowJob):
+            return
+        self._stages.lose_embeds(job)
+        self._stages.let_go(slot.place.role, job)
+        job.num_inputs_lost += 1
+        if self._is_draining:
+            return
+        if job.num_inputs_lost < MAX_INPUTS_LOST:
+            self._stages.put_back(self._stages.first_role, [job])
+            return
+        error = f"the node of its embeddings or latents was lost {MAX_INPUTS_LOST} times"
+        for request in job.batch.requests:
+            self._end(_result(request, "failed", error))
 
     # -- replies -------------------------------------------------------------------------------
 
-    def _batch_done(self, slot: _Slot, reply: BatchReply) -> None:
-        done = next(
-            (held for held in slot.in_flight if held.batch.batch_id == reply.batch_id), None
-        )
-        if done is None:
+    def _encode_done(self, slot: Slot, reply: EncodeReply, now: float) -> None:
+        job = self._stages.take_done(slot, reply.encode_id, now)
+        if not isinstance(job, TextJob):
             return
-        slot.in_flight.remove(done)
-        batch = done.batch
-        key = BatchKey(model=batch.model, height=batch.height, width=batch.width)
-        slot.batch_sizes[key] = reply.max_batch_size
-        self._num_crashes_without_result = 0
-        self._decisions.extend(EndRequest(result=result) for result in reply.results)
+        self._crashes_without_result["encode"] = 0
+        failures = [
+            Outcome(row.request, _result(row.request, "failed", row.error))
+            for row in self._stages.encoded(job, reply)
+        ]
+        num_failed = sum(error is not None for error in reply.errors)
+        # One text may fail many rows, and is one failure of the worker.
+        self._settle(slot, failures, has_success=num_failed < len(job), num_failures=num_failed)
+
+    def _denoise_done(self, slot: Slot, reply: DenoiseReply, now: float) -> None:
+        job = self._stages.take_done(slot, reply.batch_id, now)
+        if not isinstance(job, RowJob):
+            return
+        slot.batch_sizes[job.key] = reply.max_batch_size
+        self._crashes_without_result[slot.place.role] = 0
+        self._stages.let_go(slot.place.role, job)
+        rows = {request.request_id: request for request in job.batch.requests}
+        denoised = tuple(rows.pop(request_id) for request_id in reply.request_ids)
+        results = {result.request_id: result for result in reply.results}
+        failures = [
+            Outcome(row, results.get(one) or _result(row, "failed", "its worker gave no result"))
+            for one, row in rows.items()
+        ]
+        self._settle(slot, failures, has_success=bool(denoised))
+        if denoised:
+            job.batch = replace(job.batch, requests=denoised)
+            job.denoised = reply
+            self._stages.queue("decode", job)
+        else:
+            self._decisions.append(DropLatents(batch_id=reply.batch_id))
+
+    def _batch_done(self, slot: Slot, reply: BatchReply, now: float) -> None:
+        job = self._stages.take_done(slot, reply.batch_id, now)
+        if not isinstance(job, RowJob):
+            return
+        slot.batch_sizes[job.key] = reply.max_batch_size
+        self._crashes_without_result[slot.place.role] = 0
+        self._stages.let_go(slot.place.role, job)
+        rows = {request.request_id: request for request in job.batch.requests}
+        outcomes = _outcomes(reply.results, rows, slot)
+        # A row without a result waits in the worker's open shard, or the disk has failed.
+        is_kept = reply.disk_error is None
+        if is_kept:
+            slot.unpublished |= {one: Unpublished(row, now) for one, row in rows.items()}
+        self._settle(slot, outcomes, has_success=is_kept and bool(rows))
         if reply.disk_error is not None:
             self.abort(DiskError(reply.disk_error))
 
-    # -- starts and dispatch -------------------------------------------------------------------
+    def _flush_done(self, slot: Slot, reply: FlushReply, now: float) -> None:
+        flushed, slot.flushing = slot.flushing or (), None
+        self._settle(slot, _outcomes(reply.results, {}, slot))
+        if reply.disk_error is not None:
+            self.abort(DiskError(reply.disk_error))
+        elif not self._is_draining:
+            missing = [slot.unpublished.pop(one) for one in flushed if one in slot.unpublished]
+            reason = "the shard that was closed does not hold it"
+            self._shards_lost([row.request for row in missing], reason)
 
-    def _stop_late_workers(self, now: float) -> None:
-        for slot in self._slots.values():
-            if slot.state == "starting" and now >= slot.deadline:
-                # Its patience was start_timeout_s; asking for the same again would double it.
-                slot.num_start_failures = MAX_START_FAILURES
-                slot.deadline = float("inf")
-                self._decisions.append(
-                    StopWorker(
-                        worker_id=slot.place.worker_id,
-                        incarnation=slot.incarnation,
-                        kind="unplaced",
-                        reason=f"it was not ready after {self._config.start_timeout_s:g} s "
-                        "(engine.start_timeout_s)",
-                    )
-                )
+    def _settle(
+        self,
+        slot: Slot,
+        outcomes: Sequence[Outcome],
+        *,
+        has_success: bool = False,
+        num_failures: int | None = None,
+    ) -> None:
+        """End rows; failures wait until their worker has a success, or is gone."""
+        if has_success or any(one.result.status == "completed" for one in outcomes):
+            ended = self._breaker.succeeded(slot) + [one.result for one in outcomes]
+        else:
+            ended = self._breaker.failed(slot, outcomes, num_failures=num_failures)
+        for result in ended:
+            self._end(result)
 
-    def _start_workers(self, now: float) -> None:
-        """Fill empty places while there are more queued rows than workers waiting for some."""
-        num_waiting = sum(
-            slot.state == "starting" or (slot.state == "ready" and not slot.in_flight)
-            for slot in self._slots.values()
-        )
-        for slot in self._slots.values():
-            if slot.state == "empty" and num_waiting < self._num_queued:
-                slot.state = "starting"
-                slot.incarnation += 1
-                slot.deadline = now + self._config.start_timeout_s
-                num_waiting += 1
-                self._decisions.append(
-                    StartWorker(
-                        worker_id=slot.place.worker_id,
-                        incarnation=slot.incarnation,
-                        role=slot.place.role,
-                    )
-                )
+    def _end(self, result: RenderResult) -> None:
+        self._shards.ended(result.request_id)
+        self._decisions.append(EndRequest(result=result))
+        self._breaker.ended(result)
+        if not self._is_draining and (error := self._breaker.verdict()) is not None:
+            self.abort(error)
 
-    def _dispatch(self) -> None:
-        """Fill the workers' windows: suspects first, each to an idle worker, then new batches."""
-        for idle in self._slots.values():
-            if self._suspects and idle.state == "ready" and not idle.in_flight:
-                suspect = self._suspects.popleft()
-                suspect.is_alone = True
-                self._send(idle, suspect)
-        while (slot := self._shortest_queue()) is not None:
-            batch = self._batcher.take(
-                partial(self._batch_size, slot),
-                prefer_model=slot.model,
-                # A busy worker can wait until the rows to come have filled a batch.
-                flush=self._is_input_closed or not slot.in_flight,
+    # -- the end -------------------------------------------------------------------------------
+
+    def _flush(self, now: float) -> None:
+        """Ask workers to close shards that are to wait no longer."""
+        for slot in self._places.of(self._stages.last_role):
+            is_able = slot.state == "ready" and slot.stopping is None and slot.flushing is None
+            if not is_able or not slot.unpublished:
+                continue
+            is_last = self._has_nothing_for(slot)
+            if not is_last and (self._is_draining or not self._shards.is_due(slot, now)):
+                continue
+            slot.flushing = tuple(slot.unpublished)
+            slot.flush_since = now
+            slot.is_flushed = self._is_draining
+            self._decisions.append(
+                Flush(worker_id=slot.place.worker_id, incarnation=slot.incarnation)
             )
-            if batch is None:
-                return
-            self._send(slot, _InFlight(batch=batch))
 
-    def _shortest_queue(self) -> _Slot | None:
-        """Return the ready worker with the fewest batches of those that may take one more."""
-        open_slots = [slot for slot in self._slots.values() if self._has_room(slot)]
-        return min(open_slots, key=lambda slot: len(slot.in_flight), default=None)
+    def _has_nothing_for(self, slot: Slot) -> bool:
+        if not self._is_draining:
+            return self._stages.has_nothing_for(slot)
+        return not slot.in_flight and not slot.is_flushed and not self._stages.has_later_batches
 
-    def _has_room(self, slot: _Slot) -> bool:
-        if slot.state != "ready" or (slot.in_flight and slot.in_flight[0].is_alone):
-            return False
-        return len(slot.in_flight) < self._config.batches_in_flight
+    def _finish(self) -> None:
+        """End the run when nothing is left; failures that are still withheld end before it."""
+        if self._is_draining:
+            is_waiting = self._is_ending()
+        else:
+            is_waiting = self._stages.has_rows or any(slot.unpublished for slot in self._places)
+        if is_waiting:
+            return
+        for slot in self._places:
+            for result in self._breaker.succeeded(slot):
+                self._end(result)
+        if self._is_draining or self._stages.is_input_closed:
+            self._decisions.append(FinishRun(error=self._error))
 
-    def _batch_size(self, slot: _Slot, key: BatchKey) -> int:
-        asked = self._config.batch_size
-        size = slot.batch_sizes.get(key, FIRST_BATCH_SIZE if asked == "auto" else asked)
-        return min(size, self._fair_share(slot)) if self._is_input_closed else size
-
-    def _fair_share(self, slot: _Slot) -> int:
-        """Share the last rows out evenly, so that no worker idles while another has a queue."""
-        depth = len(slot.in_flight)
-        num_takers = sum(
-            (other.state == "starting" and depth == 0)
-            or (self._has_room(other) and len(other.in_flight) <= depth)
-            for other in self._slots.values()
+    def _is_ending(self) -> bool:
+        """Whether a run that starts nothing more has something to wait for still."""
+        workers = [
+            slot for slot in self._places.of(self._stages.last_role) if slot.state == "ready"
+        ]
+        return (
+            self._stages.num_rows_in_flight > 0
+            or (bool(workers) and self._stages.has_later_batches)
+            or any(slot.flushing is not None for slot in workers)
+            or any(slot.unpublished and not slot.is_flushed for slot in workers)
         )
-        share = -(-len(self._batcher) // num_takers)
-        # Pipelines pad a batch to a power of two: 9 rows would cost what 16 do.
-        return 1 << (share.bit_length() - 1)
 
-    def _send(self, slot: _Slot, held: _InFlight) -> None:
-        self._num_batches += 1
-        held.batch = replace(held.batch, batch_id=self._num_batches)
-        slot.in_flight.append(held)
-        slot.model = held.batch.model
-        self._decisions.append(
-            Dispatch(worker_id=slot.place.worker_id, incarnation=slot.incarnation, batch=held.batch)
-        )
+
+def _outcomes(
+    results: Sequence[RenderResult], rows: dict[str, RenderRequest], slot: Slot
+) -> list[Outcome]:
+    """Take the rows that have a result out of a batch's `rows` and the worker's open shard."""
+    outcomes: list[Outcome] = []
+    for result in results:
+        request = rows.pop(result.request_id, None)
+        if request is None and (row := slot.unpublished.pop(result.request_id, None)) is not None:
+            request = row.request
+        if request is not None:
+            outcomes.append(Outcome(request, result))
+    return outcomes
+
+
+def _result(request: RenderRequest, status: Status, error: str) -> RenderResult:
+    return RenderResult(request_id=request.request_id, status=status, error=error)

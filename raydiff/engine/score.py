@@ -15,14 +15,10 @@ from raydiff.config import EngineConfig, RunConfig
 from raydiff.engine.cluster import LocalCluster, Resources
 from raydiff.engine.driver import POLL_S, Signals
 from raydiff.engine.hook import find_hook
+from raydiff.engine.messages import Event, WorkerFailed, WorkerReady
+from raydiff.engine.places import MAX_START_FAILURES
 from raydiff.engine.render import choose_resources
-from raydiff.engine.scheduler import (
-    MAX_CRASHES_WITHOUT_RESULT,
-    MAX_START_FAILURES,
-    Event,
-    WorkerFailed,
-    WorkerReady,
-)
+from raydiff.engine.scheduler import MAX_CRASHES_WITHOUT_RESULT
 from raydiff.engine.score_worker import ScoreBatch, ScoreReply, ScoreSpec, ScoreWorker
 from raydiff.errors import ConfigError, EngineError, RaydiffError
 from raydiff.memory.gpus import visible_gpus

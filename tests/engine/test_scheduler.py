@@ -21,11 +21,8 @@ from raydiff.engine.messages import (
     WorkerInfo,
     WorkerReady,
 )
-from raydiff.engine.scheduler import (
-    MAX_CRASHES_WITHOUT_RESULT,
-    MAX_START_FAILURES,
-    Scheduler,
-)
+from raydiff.engine.places import MAX_START_FAILURES
+from raydiff.engine.scheduler import MAX_CRASHES_WITHOUT_RESULT, Scheduler
 from raydiff.errors import DiskError, EngineError, ModelError
 from raydiff.request import RenderBatch, RenderRequest, RenderResult
 
@@ -50,13 +47,16 @@ def request(number: int, *, height: int = 64, model: str = "tiny") -> RenderRequ
     )
 
 
-def scheduler(num_workers: int = 1, num_rows: int = 0, **config: object) -> Scheduler:
-    """A scheduler with `num_rows` requests, all that there will be."""
+def scheduler(
+    num_workers: int = 1, num_rows: int = 0, *, is_closed: bool = True, **config: object
+) -> Scheduler:
+    """A scheduler with `num_rows` requests; no others come if it `is_closed`."""
     settings = EngineConfig.model_validate({"batch_size": 4, **config})
     result = Scheduler([Place(worker_id=f"w{index}") for index in range(num_workers)], settings)
     for number in range(num_rows):
         result.offer(request(number))
-    result.close_input()
+    if is_closed:
+        result.close_input()
     return result
 
 
@@ -166,8 +166,7 @@ def test_batches_take_the_size_that_the_worker_reports() -> None:
 
 
 def test_a_batch_size_is_learned_per_shape() -> None:
-    machine = scheduler(batch_size="auto")
-    machine._is_input_closed = False
+    machine = scheduler(batch_size="auto", is_closed=False)
     for number in range(80):
         machine.offer(request(number, height=64 if number < 40 else 128))
     machine.close_input()
@@ -266,8 +265,7 @@ def test_a_batch_that_only_stood_before_a_poison_row_is_never_quarantined() -> N
 
 
 def test_a_worker_that_dies_idle_blames_nobody() -> None:
-    machine = scheduler(num_workers=2, num_rows=4, batches_in_flight=1)
-    machine._is_input_closed = False
+    machine = scheduler(num_workers=2, num_rows=4, batches_in_flight=1, is_closed=False)
     machine.decide(0.0)
     machine.handle(ready("w0"), 0.0)
     machine.handle(ready("w1"), 0.0)
@@ -318,8 +316,11 @@ def test_a_start_that_is_not_placed_in_time_is_stopped_and_not_tried_again() -> 
     machine = scheduler(num_rows=4, start_timeout_s=10)
     machine.decide(100.0)
     assert machine.decide(109.9) == []
-    (stop,) = machine.decide(110.0)
+    # A driver that was stopped for long finds its answers only after a first look.
+    assert machine.decide(110.0) == []
+    (stop,) = machine.decide(110.05)
     assert isinstance(stop, StopWorker)
+    assert stop.kind == "unplaced"
     assert machine.decide(110.1) == []
     machine.handle(failed(reason="asked for GPU: 1, the cluster has 0"), 0.0)
     (finish,) = machine.decide(110.2)
