@@ -61,12 +61,13 @@ class Patience:
 
 
 class StorageError(OSError):
-    """What an object store refused, or could not do for too long. Its text names the object, the
-    reason and the remedy."""
+    """What an object store refused, or could not do for too long (`is_outage`). Its text names
+    the object, the reason and the remedy."""
 
-    def __init__(self, uri: str, reason: str, remedy: str) -> None:
+    def __init__(self, uri: str, reason: str, remedy: str, *, is_outage: bool) -> None:
         super().__init__(errno.EIO, f"{reason}. {remedy}")
         self.uri = uri
+        self.is_outage = is_outage
         self.reason = reason
         self.remedy = remedy
 
@@ -314,14 +315,14 @@ class ObjectStorage:
                     raise self._refused(name, error) from None
                 if is_late:
                     connection.has_answered = False  # What comes next is told soon.
-                    raise self._refused(name, error) from None
+                    raise self._refused(name, error, is_outage=True) from None
             else:
                 connection.has_answered = True
                 return result
             time.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    def _refused(self, name: str, error: Exception) -> StorageError:
+    def _refused(self, name: str, error: Exception, *, is_outage: bool = False) -> StorageError:
         reason = _reason(error)
         scheme = self._root.partition("://")[0]
         remedy = "Check that the store can be reached from here, and its address"
@@ -331,7 +332,7 @@ class ObjectStorage:
             remedy = f"Set {CREDENTIALS[scheme]}, and give them access to {self._root}"
         elif re.search(r"status code: 30\d", str(error)):
             remedy = "Set AWS_REGION to the bucket's region"
-        return StorageError(self.describe(name), reason, remedy)
+        return StorageError(self.describe(name), reason, remedy, is_outage=is_outage)
 
 
 class _RangeReader(io.RawIOBase):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raydiff.errors import ManifestError
+from raydiff.object_storage import ObjectStorage, is_object_uri, split_uri
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 
@@ -73,6 +74,8 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
     """Return the filesystem of a path or URI, and the path in it."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), Path(uri).expanduser().absolute().as_posix()
+    if is_object_uri(uri):
+        return ObjectFiles(uri), "/".join(split_uri(uri)).rstrip("/")
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except pa.ArrowInvalid as error:
@@ -88,6 +91,48 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
             raise ManifestError(f"manifest {uri} cannot be opened: {problem}") from None
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
     return filesystem, path
+
+
+class ObjectFiles:
+    """What is asked of a filesystem here, for one bucket. Paths begin with the bucket's name.
+
+    pyarrow's own filesystems know neither the patience nor the settings of ObjectStorage.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.scheme = uri.partition("://")[0].lower()
+        self._bucket, _ = split_uri(uri)
+        self._storage = ObjectStorage(f"{self.scheme}://{self._bucket}")
+
+    def get_file_info(self, what: Any) -> Any:
+        """Return the info of a path, or of all files that a selector finds."""
+        if isinstance(what, pafs.FileSelector):
+            infos = (
+                pafs.FileInfo(f"{self._bucket}/{file.name}", pafs.FileType.File)
+                for file in self._storage.list_files(self._name(what.base_dir))
+            )
+            depth = what.base_dir.rstrip("/").count("/") + 1
+            return [info for info in infos if what.recursive or info.path.count("/") == depth]
+        if self._name(what) and self._storage.size(self._name(what)) is not None:
+            return pafs.FileInfo(what, pafs.FileType.File)
+        is_folder = next(self._storage.list_files(self._name(what)), None) is not None
+        return pafs.FileInfo(what, pafs.FileType.Directory if is_folder else pafs.FileType.NotFound)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        """Open an object to read, with seeks."""
+        return self._storage.open_input(self._name(path))
+
+    open_input_stream = open_input_file
+
+    def _name(self, path: str) -> str:
+        return path.removeprefix(self._bucket).strip("/")
+
+
+def init_image_folder(filesystem: Any, folder: str) -> Path | str | None:
+    """Return the folder that a manifest's init images start from, None on other storage."""
+    if isinstance(filesystem, ObjectFiles):
+        return f"{filesystem.scheme}://{folder}"
+    return Path(folder) if isinstance(filesystem, pafs.LocalFileSystem) else None
 
 
 def _list(filesystem: Any, folder: str, recursive: bool) -> list[str]:

@@ -9,25 +9,33 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydiff.errors import RowError
+from raydiff.errors import ManifestError, RowError
 from raydiff.manifest.schema import quoted
+from raydiff.object_storage import ObjectStorage, StorageError, is_object_uri
 
 if TYPE_CHECKING:
     from PIL import Image
 
+ImageFile = BufferedReader | BytesIO
 FORMATS = ("PNG", "JPEG", "WEBP")
 REMEMBERED_IMAGES = 16384
+MAX_OBJECT_BYTES = 256 * 2**20
+NUM_KEPT_OBJECTS = 16
+"""Images from object stores held in memory: rows that share one tend to be neighbours."""
 
 
-def find_init_image(text: str, root: Path | None) -> tuple[str, str]:
+def find_init_image(text: str, root: Path | str | None) -> tuple[str, str]:
     """Return the absolute path of the image `text` names, relative to `root`, and its SHA-256.
 
-    Raises RowError if it lies outside `root` (links followed), is missing, too large or damaged.
+    `root` is a local folder or the URI of one in an object store; then so is the path. Raises
+    RowError if it lies outside `root` (links followed), is missing, too large or damaged.
     """
+    if isinstance(root, str) and is_object_uri(root):
+        return _find_object(text, root)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(//|.*,)", text):
         raise RowError(
             f"init_image is the URL {quoted(text)}; URLs are not fetched. "
@@ -35,11 +43,11 @@ def find_init_image(text: str, root: Path | None) -> tuple[str, str]:
         )
     if root is None:
         raise RowError(
-            f"init_image is {quoted(text)} and the manifest is not in a local folder. "
+            f"init_image is {quoted(text)} and the manifest is not in a folder. "
             "Say which folder it lies in: --set input.root=FOLDER."
         )
     try:
-        root = root.resolve(strict=True)
+        root = Path(root).resolve(strict=True)
         path = (root / text).resolve(strict=True)
         status = path.stat()
     except (OSError, ValueError, RuntimeError) as error:  # NUL in a name, a loop of links
@@ -53,6 +61,45 @@ def find_init_image(text: str, root: Path | None) -> tuple[str, str]:
     if not stat.S_ISREG(status.st_mode):
         raise RowError(f"init_image {quoted(text)} is not a file. Name a PNG, JPEG or WebP file.")
     return str(path), _checked_sha256(str(path), status.st_size, status.st_mtime_ns)
+
+
+def _find_object(text: str, root: str) -> tuple[str, str]:
+    root = root.rstrip("/")
+    name = text.removeprefix(f"{root}/")
+    if "://" in name or name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
+        raise RowError(
+            f"init_image {quoted(text)} is not a name below the input root {root}. "
+            "Move it there or choose another root: --set input.root=URI."
+        )
+    uri = f"{root}/{name}"
+    return uri, _checked_object_sha256(uri)
+
+
+@lru_cache(maxsize=REMEMBERED_IMAGES)
+def _checked_object_sha256(uri: str) -> str:
+    """Decode the image and hash the object. It is taken not to change while a process runs."""
+    with _opened(uri) as file:
+        _decode(file)
+        return hashlib.sha256(_object_bytes(uri)).hexdigest()
+
+
+@lru_cache(maxsize=NUM_KEPT_OBJECTS)
+def _object_bytes(uri: str) -> bytes:
+    root, _, name = uri.rpartition("/")
+    try:
+        data = _object_folder(root).read_range(name, 0, MAX_OBJECT_BYTES + 1)
+    except StorageError as error:
+        if error.is_outage:
+            raise ManifestError(f"init_image {error}") from None
+        raise RowError(f"init_image {error}") from None
+    if len(data) > MAX_OBJECT_BYTES:
+        raise RowError(f"init_image {uri} has more than {MAX_OBJECT_BYTES:,} bytes. Scale it down.")
+    return data
+
+
+@lru_cache(maxsize=64)
+def _object_folder(uri: str) -> ObjectStorage:
+    return ObjectStorage(uri)
 
 
 @lru_cache(maxsize=REMEMBERED_IMAGES)
@@ -73,7 +120,7 @@ def read_init_image(path: str) -> "Image.Image":
         return _decode(file)
 
 
-def _decode(file: BufferedReader) -> "Image.Image":
+def _decode(file: ImageFile) -> "Image.Image":
     from PIL import Image  # a plain manifest needs no Pillow
 
     with warnings.catch_warnings():
@@ -84,12 +131,12 @@ def _decode(file: BufferedReader) -> "Image.Image":
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[BufferedReader]:
+def _opened(path: str) -> Iterator[ImageFile]:
     """Open the file; what is wrong with it, or with the image in it, is a RowError."""
     from PIL import Image
 
     try:
-        with Path(path).open("rb") as file:
+        with BytesIO(_object_bytes(path)) if is_object_uri(path) else Path(path).open("rb") as file:
             yield file
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RowError(

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raydiff.errors import ManifestError
-from raydiff.manifest.files import find_files, relative_name
+from raydiff.manifest.files import find_files, init_image_folder, relative_name
 from raydiff.manifest.schema import check_schema
+from raydiff.object_storage import StorageError
 
 MAX_BATCH_ROWS = 1024
 MAX_BATCH_BYTES = 32 * 2**20
@@ -55,8 +55,9 @@ class Manifest:
     """An opened manifest. Its schema is checked; its values are not."""
 
     uri: str
-    folder: Path | None
-    """Local folder that relative init images start from; None for remote manifests."""
+    folder: Path | str | None
+    """Folder that relative init images start from: a local one, or the URI of one in an object
+    store; None for prompts given in place and other storage."""
     schema: pa.Schema
     num_rows: int
     fingerprint: str
@@ -110,7 +111,7 @@ def open_parquet(uri: str) -> Manifest:
         digest.update(json.dumps([part.name, part.size_bytes, part.digest]).encode())
     return Manifest(
         uri=uri,
-        folder=Path(base) if isinstance(filesystem, pafs.LocalFileSystem) else None,
+        folder=init_image_folder(filesystem, base),
         schema=schema,
         num_rows=num_rows,
         fingerprint=digest.hexdigest(),
@@ -188,6 +189,8 @@ class ParquetPart:
                     if skip < batch.num_rows:
                         yield batch.slice(skip)
                     skip = max(0, skip - batch.num_rows)
+        except StorageError as error:
+            raise ManifestError(f"manifest file {error}") from None
         except (OSError, pa.ArrowException) as error:
             raise ManifestError(
                 f"manifest file {self.path} is damaged: {error}. Write or copy it again."

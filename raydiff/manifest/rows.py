@@ -15,6 +15,7 @@ from raydiff.manifest.init_images import find_init_image
 from raydiff.manifest.reader import Manifest
 from raydiff.manifest.schema import COLUMNS, MAX_SEED, check_value, extra_columns, known_values
 from raydiff.manifest.seeds import derive_seed
+from raydiff.object_storage import is_object_uri, split_uri
 from raydiff.request import ManifestRow, ModelInfo, RenderRequest, Task, with_request_id
 
 Models = Callable[[str], ModelInfo]
@@ -38,7 +39,9 @@ def row_rules(manifest: Manifest, config: RunConfig, models: Models) -> "RowRule
     """Return the rules that the rows of a run keep. Raises ConfigError, ModelError."""
     _run_defaults(config)
     root = config.input.root
-    if root is not None and not Path(root).expanduser().is_dir():
+    if root is not None and is_object_uri(root):
+        split_uri(root)
+    elif root is not None and not Path(root).expanduser().is_dir():
         raise ConfigError(f"input.root: {root} is not a folder. Name the init images' folder.")
     rules = RowRules(manifest, config, models)
     if "model" not in manifest.schema.names:
@@ -104,7 +107,9 @@ class RowRules:
 
     def __init__(self, manifest: Manifest, config: RunConfig, models: Models) -> None:
         root = config.input.root
-        self._root = Path(root).expanduser() if root else manifest.folder
+        self._root: Path | str | None = manifest.folder
+        if root:
+            self._root = root if is_object_uri(root) else Path(root).expanduser()
         self._config = config
         self._models = models
         self._targets: dict[str, _Target] = {}

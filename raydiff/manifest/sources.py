@@ -6,16 +6,15 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
-import pyarrow.fs as pafs
 
 from raydiff.errors import ManifestError, nearest
-from raydiff.manifest.files import find_files
+from raydiff.manifest.files import find_files, init_image_folder
 from raydiff.manifest.reader import Manifest, Part, open_parquet
 from raydiff.manifest.schema import COLUMNS, quoted
 
@@ -150,7 +149,7 @@ def _open_text(uri: str, read: Batches) -> Manifest:
     schema = pa.schema([(name, _type(uri, name, found)) for name, found in kinds.items()])
     return Manifest(
         uri=uri,
-        folder=Path(base) if isinstance(filesystem, pafs.LocalFileSystem) else None,
+        folder=init_image_folder(filesystem, base),
         schema=schema,
         num_rows=sum(counts),
         fingerprint=digest.hexdigest(),

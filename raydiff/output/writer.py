@@ -21,6 +21,7 @@ from raydiff.errors import DiskError
 from raydiff.output.atomic import disk_error
 from raydiff.output.holder import is_process_alive
 from raydiff.output.media import encode_image
+from raydiff.output.storage import Storage, open_storage
 from raydiff.request import RenderRequest, RenderResult
 
 IMAGES_DIR = "images"
@@ -49,10 +50,13 @@ class Writer:
     Every file is written under images/.tmp and renamed, so that it is whole or absent if a
     process dies. It is not synced: that takes 70 to 90 % off the small files per second (ext4 on
     an SSD). What a power loss undoes is found by its size when the run is resumed (see Ledger).
+    In an object store a file is one request, and there once it is answered.
     """
 
-    def __init__(self, out_dir: str | Path, config: OutputConfig) -> None:
-        self._out_dir = Path(out_dir)
+    def __init__(self, out: str | Path | Storage, config: OutputConfig) -> None:
+        # The driver has written to the store by now: an outage is waited out.
+        self._storage = open_storage(out, has_answered=True)
+        self._out_dir = self._storage.local_path("")
         self._config = config
         self._folders: set[str] = set()
         self._counter = itertools.count()
@@ -95,27 +99,33 @@ class Writer:
         )
 
     def _save(self, file_name: str, request_id: str, data: bytes) -> None:
-        path = self._out_dir / file_name
-        name = f"{request_id}.{self._suffix}-{next(self._counter)}.tmp"
-        temporary = self._out_dir / TEMPORARY_DIR / name
         try:
-            self._make_folder(path.parent)
-            try:
-                _write_and_rename(temporary, path, data)
-            except FileNotFoundError:
-                # The folder was removed, or another driver took the temporary file for stale.
-                self._folders.clear()
-                self._make_folder(path.parent)
-                _write_and_rename(temporary, path, data)
+            if self._out_dir is None:
+                self._storage.put(file_name, data)
+            else:
+                self._save_file(self._out_dir, file_name, request_id, data)
         except OSError as error:
-            raise disk_error(path, error) from error
+            raise disk_error(self._storage.describe(file_name), error) from error
 
-    def _make_folder(self, folder: Path) -> None:
+    def _save_file(self, out_dir: Path, file_name: str, request_id: str, data: bytes) -> None:
+        path = out_dir / file_name
+        name = f"{request_id}.{self._suffix}-{next(self._counter)}.tmp"
+        temporary = out_dir / TEMPORARY_DIR / name
+        self._make_folder(out_dir, path.parent)
+        try:
+            _write_and_rename(temporary, path, data)
+        except FileNotFoundError:
+            # The folder was removed, or another driver took the temporary file for stale.
+            self._folders.clear()
+            self._make_folder(out_dir, path.parent)
+            _write_and_rename(temporary, path, data)
+
+    def _make_folder(self, out_dir: Path, folder: Path) -> None:
         """Make `folder` and the one for temporary files, but never the output folder itself."""
         if folder.name in self._folders:
             return
-        (self._out_dir / IMAGES_DIR).mkdir(exist_ok=True)
-        (self._out_dir / TEMPORARY_DIR).mkdir(exist_ok=True)
+        (out_dir / IMAGES_DIR).mkdir(exist_ok=True)
+        (out_dir / TEMPORARY_DIR).mkdir(exist_ok=True)
         folder.mkdir(exist_ok=True)
         self._folders.add(folder.name)
 
