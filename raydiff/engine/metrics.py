@@ -167,11 +167,11 @@ class MetricsObserver:
                 self._worker_failed(event)
             case EncodeDone(reply=encoded):
                 num_texts = len(encoded.sizes)
+                num_failed = sum(error is not None for error in encoded.errors)
+                num_encoded = num_texts - num_failed - encoded.num_from_disk
                 self._values.append(("raydiff_stage_seconds", encoded.encode_s, _of("encode")))
                 self._counts["raydiff_texts_total", "source", "disk"] += encoded.num_from_disk
-                self._counts["raydiff_texts_total", "source", "encoded"] += (
-                    num_texts - encoded.num_from_disk
-                )
+                self._counts["raydiff_texts_total", "source", "encoded"] += num_encoded
                 self._values.append(("raydiff_batch_size", num_texts, {"role": "encode"}))
             case DenoiseDone(worker_id=worker_id, reply=denoised):
                 self._values.append(("raydiff_stage_seconds", denoised.denoise_s, _of("denoise")))
