@@ -286,6 +286,7 @@ def _pixel_settings(file: RunFile) -> dict[str, Any]:
         # The same checkpoint under another path or name is the same model.
         model = {**model, "name": None, "revision": file.models[model["name"]]}
     output = {key: file.config["output"].get(key) for key in OUTPUT_KEYS}
+    output["format"] = file.config["output"].get("format", "files")  # before there were shards
     if output["image"] == "png":
         del output["quality"]
     settings |= {f"model.{key}": value for key, value in model.items()}

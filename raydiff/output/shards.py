@@ -52,8 +52,8 @@ NUM_READERS = 16
 class ShardWriter:
     """Collects a worker's images in one open shard; any number of threads may write at once."""
 
-    def __init__(self, out_dir: str | Path, config: OutputConfig) -> None:
-        self._storage = open_storage(out_dir)
+    def __init__(self, out: str | Path | Storage, config: OutputConfig) -> None:
+        self._storage = open_storage(out)
         self._config = config
         self._prefix = secrets.token_hex(8)
         self._num_begun = 0
@@ -123,8 +123,16 @@ class ShardPublisher:
     after its shard was published) stays in both tars; the metadata names one of them.
     """
 
-    def __init__(self, out_dir: str | Path, config: OutputConfig) -> None:
-        self._storage = open_storage(out_dir)
+    def __init__(
+        self,
+        out: str | Path | Storage,
+        config: OutputConfig,
+        *,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`fence` raises where the run is no longer this driver's: RunLock.check."""
+        self._storage = open_storage(out)
+        self._fence = fence
         self._num_members = 1 if config.strip_metadata else 3
         self._published: dict[int, ShardHeader] = {}
         self._last = -1
@@ -186,6 +194,7 @@ class ShardPublisher:
     # -- publication ---------------------------------------------------------------------------
 
     def _publish(self, name: str) -> str:
+        self._fence()
         with _disk_errors(self._storage, name):
             data = self._read_temporary_index(name)
             header = read_header(data)

@@ -65,6 +65,10 @@ REFUSED = [
     ({"config": config_with(model__dtype="float32")}, "model.dtype was auto, now is float32"),
     ({"config": config_with(output__image="jpg")}, "output.image was png, now is jpg"),
     (
+        {"config": config_with(output__format="webdataset")},
+        "output.format was files, now is webdataset",
+    ),
+    (
         {"config": config_with(output__strip_metadata=True)},
         "output.strip_metadata was False, now is True",
     ),
@@ -87,6 +91,15 @@ def test_another_run_is_refused_with_old_and_new_value(changes, difference, begi
     assert "--out" in str(caught.value)
     assert (tmp_path / "out" / "run.json").read_bytes() == before
     assert begin().is_resumed  # The refused one let go of the lock.
+
+
+def test_a_run_from_before_there_were_shards_goes_on(begin, tmp_path):
+    begin().close()
+    path = tmp_path / "out" / "run.json"
+    values = json.loads(path.read_text())
+    del values["config"]["output"]["format"]
+    path.write_text(json.dumps(values))
+    assert begin().is_resumed
 
 
 def test_quality_matters_for_jpeg(begin):

@@ -386,6 +386,17 @@ def test_a_driver_that_was_taken_over_publishes_nothing(tmp_path, write):
     check_results(tmp_path, adopted.values())
 
 
+def test_a_driver_without_the_lock_publishes_nothing(tmp_path, begin, write):
+    run = begin()
+    writer = ShardWriter(run.out_dir, CONFIG)
+    results = write(writer, range(4))
+    publisher = ShardPublisher(run.out_dir, CONFIG, fence=run.lock.check)
+    (run.out_dir / ".lock").write_text("{}")
+    with pytest.raises(EngineError, match="no longer holds the folder"):
+        publisher.publish(results)
+    assert shards(run.out_dir) == []
+
+
 def test_publishing_goes_on_after_a_disk_error(tmp_path, write):
     publisher, writer = ShardPublisher(tmp_path, CONFIG), ShardWriter(tmp_path, CONFIG)
     results = write(writer, range(4))
