@@ -15,6 +15,8 @@ COMMANDS = {
     "sweep": ("raydiff.cli.sweep", "Make a manifest: prompts times settings, templates, seeds."),
     "status": ("raydiff.cli.status", "Show how far a run is."),
     "verify": ("raydiff.cli.verify", "Check every file of a run against its metadata."),
+    "retry-failed": ("raydiff.cli.retry_failed", "Render the failed rows of a run again."),
+    "reproduce": ("raydiff.cli.reproduce", "Render one image again from its metadata."),
     "sheet": ("raydiff.cli.sheet", "Make labelled contact sheets of a run."),
     "query": ("raydiff.cli.query", "Ask a run's metadata in SQL."),
     "gallery": ("raydiff.cli.gallery", "Write a page to look through a run's results."),
@@ -54,7 +56,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _ = COMMANDS[cmd_name]
-        command: click.Command = getattr(import_module(module), cmd_name)
+        command: click.Command = getattr(import_module(module), cmd_name.replace("-", "_"))
         return command
 
     def resolve_command(

@@ -4,11 +4,15 @@ import json
 import sys
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from raydiff.cli.options import run_config, run_options
+from raydiff.config import RunConfig
+
+if TYPE_CHECKING:
+    from raydiff.output.failed_rows import FailedRows
 
 
 @click.command()
@@ -43,12 +47,20 @@ def render(
             raise click.UsageError("name an output folder: --out FOLDER")
         folder = f"raydiff-out-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
         config = config.model_copy(update={"out": folder})
+    run_to_its_end(config, is_json=is_json)
 
+
+def run_to_its_end(
+    config: RunConfig, *, is_json: bool, retry: "FailedRows | None" = None
+) -> NoReturn:
+    """Render, show how far it is, print the summary and leave with the run's exit status."""
     from raydiff.cli.progress import show_progress
     from raydiff.engine.render import render as run
 
     with show_progress(is_quiet=is_json) as progress:
-        summary = run(config=config, on_progress=progress.update, on_warning=progress.warn)
+        summary = run(
+            config=config, retry=retry, on_progress=progress.update, on_warning=progress.warn
+        )
     if is_json:
         click.echo(json.dumps(asdict(summary)))
     else:
