@@ -430,9 +430,11 @@ def _is_transient(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """Say in one line what the server or the line said."""
     text = str(error).partition("\n\nDebug source")[0]
-    status = re.search(r"status code: (\d{3}[^:\n]*)", text)
-    code, message = (re.search(f"<{tag}>(.*?)</{tag}>", text) for tag in ("Code", "Message"))
-    if status is None:
-        return " ".join(text.split()).rstrip(". ")
-    said = [found[1] for found in (code, message) if found]
-    return f"{status[1].strip()} ({': '.join(said)})" if said else status[1].strip()
+    if status := re.search(r"status code: (\d{3}[^:\n]*)", text):
+        code, message = (re.search(f"<{tag}>(.*?)</{tag}>", text) for tag in ("Code", "Message"))
+        said = [found[1] for found in (code, message) if found]
+        return f"{status[1].strip()} ({': '.join(said)})" if said else status[1].strip()
+    if request := re.search(r"Error performing \w+ (\w+://[^/\s]+).* - (.*)", text):
+        said = re.findall(r'message: "([^"]+)"', str(error))
+        return f"no answer from {request[1]} ({said[-1] if said else request[2]})"
+    return " ".join(text.split()).rstrip(". ")

@@ -1,9 +1,14 @@
 """One thread for torch (the models are tiny), no network, and tiny pipelines to render with."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.s3_server import FaultyS3
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +25,24 @@ def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny SDXL pipeline folder."""
     return _tiny("sdxl", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> "Iterator[FaultyS3]":
+    from tests.s3_server import FaultyS3
+
+    server = FaultyS3()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server: "FaultyS3", monkeypatch: pytest.MonkeyPatch) -> "FaultyS3":
+    """A real S3 server on loopback that fails on demand; the environment has its credentials."""
+    s3_server.reset()
+    for name, value in s3_server.environ.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
 
 
 def _tiny(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,6 +2,7 @@
 
 import http.client
 import itertools
+import logging
 import socket
 import threading
 import time
@@ -12,11 +13,13 @@ from typing import Literal
 
 from moto.server import ThreadedMotoServer
 
-Fault = Literal["500", "503", "reset", "reset_after", "hang"]
+Fault = Literal["403", "500", "503", "reset", "reset_after", "hang"]
 """reset closes the connection before the server has seen the request, reset_after when it has
 done it; hang answers nothing."""
 
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
 HOP_HEADERS = {"connection", "transfer-encoding", "keep-alive"}
 CONDITIONS = {"if-none-match", "if-match"}
 
@@ -25,6 +28,7 @@ class FaultyS3:
     """`uri` names a fresh folder of a bucket; `environ` has what a client needs to reach it."""
 
     def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._moto.start()
         self._target = self._moto.get_host_and_port()
@@ -92,12 +96,10 @@ class FaultyS3:
                 elif fault == "hang":
                     time.sleep(3.0)
                     self._reset()
-                elif fault in ("500", "503"):
+                elif fault in ("403", "500", "503"):
                     self._answer(int(fault), {}, SLOW_DOWN if fault == "503" else b"")
                 else:
                     self._forward(body, is_answered=fault != "reset_after")
-
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
 
             def _forward(self, body: bytes, *, is_answered: bool) -> None:
                 headers = {
@@ -134,4 +136,6 @@ class FaultyS3:
             def log_message(self, *args: object) -> None:
                 pass
 
+        for method in ("GET", "PUT", "POST", "HEAD", "DELETE"):
+            setattr(Handler, f"do_{method}", Handler.handle_any)
         return Handler

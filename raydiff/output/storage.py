@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
@@ -114,9 +115,10 @@ class LocalStorage:
 
     def size(self, name: str) -> int | None:
         try:
-            return (self._path / name).stat().st_size
+            status = (self._path / name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return None if stat.S_ISDIR(status.st_mode) else status.st_size
 
     def list_files(self, folder: str = "") -> Iterator[StoredFile]:
         for entry in _scan(self._path / folder):
