@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from raydiff.bench.null_model import MODEL
 from raydiff.config import RunConfig
-from raydiff.engine.cluster import Resources
 from raydiff.engine.known_models import KnownModels
+from raydiff.engine.placement import fused_layout
 from raydiff.engine.render import run_manifest
 from raydiff.manifest.reader import open_manifest
 from raydiff.output.progress import Progress
@@ -92,7 +92,7 @@ def bench_engine(
         models=KnownModels(lambda name: MODEL),
         renderer=RENDERER,
         arguments={"row_ms": row_ms},
-        resources=Resources(num_workers=num_workers, num_gpus=0),
+        layout=fused_layout(num_workers),
         on_progress=samples,
     )
     (started, done_then, _), (ended, done, rss_last) = samples.first, samples.last

@@ -1,237 +1,381 @@
-"""Ray, and nothing else in raydiff knows it: a private local cluster and its worker actors.
+"""Ray, and nothing else in raydiff knows it: a private one on this machine or a cluster to join,
+the actors of workers, and what becomes of the nodes.
 
-Every listener binds loopback and asks for a token, and the whole cluster ends with this process.
+A private Ray binds loopback and asks for a token, and it ends with this process.
 """
 
 import asyncio
-import fcntl
+import math
 import os
-import re
-import secrets
-import shutil
-import tempfile
+import signal
+import socket
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from raydiff.engine.scheduler import BatchDone, Event, WorkerFailed, WorkerReady
-from raydiff.engine.worker import Worker, WorkerInfo
-from raydiff.errors import EngineError, InputError
+from raydiff import __version__
+from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
+from raydiff.engine.messages import WorkerInfo
+from raydiff.engine.placement import NodeInfo
+from raydiff.engine.ray_session import check_shm, check_token, environ, session_dir, write_token
+from raydiff.engine.shared_out import check_mark
+from raydiff.errors import ConfigError, EngineError
+from raydiff.memory.gpus import GpuInfo, visible_gpus
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Batches and replies are small; pixels never pass through Ray."""
-SHM = Path("/dev/shm")
-FAULT = "Fatal Python error: "
-SESSION_PREFIX = "raydiff-"
-MAX_TEMP_DIR_LENGTH = 20
-"""Ray puts Unix sockets below it, and their paths may have 107 characters."""
+CONNECT_S = 15.0
+"""Patience with a cluster's head."""
+WATCH_S = 1.0
+SILENCE_S = 30.0
+"""A head that does not answer for so long is gone; Ray itself ends the process after 60 s."""
+MAX_GAP_S = 5.0
+"""The driver itself stood still (suspended, or in a slow commit) if it was away for longer."""
+PROBE_S = 30.0
+"""Patience with a GPU node that is asked about its GPU."""
+HEALTH = "health"
+"""The concurrency group whose calls are answered while a batch is rendered."""
+ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What the cluster has, and each worker takes."""
-
-    num_workers: int
-    num_gpus: int
-    """GPUs of the cluster; each worker takes one, or none where this is 0."""
-
-    @property
-    def per_worker(self) -> dict[str, float]:
-        """Ray's options for one worker."""
-        return {"num_cpus": 1, "num_gpus": 1 if self.num_gpus else 0}
+# -- workers ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Whose answer a pending reference is."""
+class Whereabouts(NamedTuple):
+    """Where a worker's process runs."""
 
-    worker_id: str
-    incarnation: int
-
-    def failed(self, reason: str, error: InputError | None = None) -> WorkerFailed:
-        return WorkerFailed(
-            worker_id=self.worker_id,
-            incarnation=self.incarnation,
-            reason=f"worker {self.worker_id}: {reason}",
-            error=error,
-        )
+    node_id: str
+    address: str
+    pid: int
+    version: str
 
 
 class WorkerActor:
     """A worker behind Ray. Asynchronous, so that a call is taken while another one runs."""
 
-    def __init__(self, worker_class: type[Any], worker_id: str, spec: Any) -> None:
+    def __init__(
+        self, worker_class: type[Any], worker_id: str, spec: Any, mark: Path | None
+    ) -> None:
+        self._mark = mark
         self._worker = worker_class(worker_id, spec)
 
+    async def where(self) -> Whereabouts:
+        import ray
+
+        context = ray.get_runtime_context()
+        return Whereabouts(
+            context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), __version__
+        )
+
     async def start(self) -> WorkerInfo:
+        if self._mark is not None:
+            await asyncio.get_running_loop().run_in_executor(None, check_mark, self._mark)
         info: WorkerInfo = await self._worker.start()
         return info
 
     async def render(self, batch: Any) -> Any:
         return await self._worker.render(batch)
 
+    async def render_encoded(self, batch: Any, texts: Any, *embeds: Any) -> Any:
+        return await self._worker.render_encoded(batch, texts, *embeds)
+
+    async def encode(self, batch: Any) -> Any:
+        return await self._worker.encode(batch)
+
+    async def denoise(self, batch: Any, texts: Any, *embeds: Any) -> Any:
+        return await self._worker.denoise(batch, texts, *embeds)
+
+    async def decode(self, batch: Any, denoised: Any, latents: Any) -> Any:
+        return await self._worker.decode(batch, denoised, latents)
+
+    async def flush(self) -> Any:
+        return await self._worker.flush()
+
+    async def health(self) -> Any:
+        return await self._worker.health()
+
     async def lifetime(self) -> None:
         """Never return: the call fails when the process dies, also while it is idle."""
         await asyncio.Event().wait()
 
 
-class LocalCluster:
-    """A private Ray on this machine, started with the first worker."""
+# -- the connection --------------------------------------------------------------------------------
+
+
+class RaySession:
+    """This process's connection to a Ray; opened when it is first needed, and watched from then."""
 
     def __init__(
-        self, resources: Resources, spec: Any, *, worker_class: type[Any] = Worker
+        self, open_ray: Callable[[], AbstractContextManager[Any]], *, is_private: bool
     ) -> None:
-        """A worker is `worker_class(worker_id, spec)`, with `start` and `render` as Worker has."""
-        self._resources = resources
-        self._worker_class = worker_class
-        self._spec = spec
-        self._actors: dict[str, Any] = {}
-        self._pending: dict[Any, _Call] = {}
-        self._pids: dict[str, int] = {}
-        self._session = ExitStack()
-        self._logs = Path()
+        self._open_ray = open_ray
+        self._stack = ExitStack()
         self._ray: Any = None
+        self._watch: _Watch | None = None
+        self._node_id = ""
+        self.logs = Path()
+        """Log folder of this node."""
+        self.is_private = is_private
+        """Whether it has this machine alone, and ends with this process."""
 
-    def start_worker(self, worker_id: str, incarnation: int) -> None:
-        """Place a worker; `poll` reports it ready or failed."""
+    def open(self) -> Any:
+        """Connect if that is not done yet, and return the module `ray`."""
         if self._ray is None:
-            self._ray, self._logs = self._session.enter_context(_local_ray(self._resources))
+            ray = self._stack.enter_context(self._open_ray())
+            self._node_id = ray.get_runtime_context().get_node_id()
+            self.logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+            self._watch = self._stack.enter_context(_watch(ray))
+            self._ray = ray
+        return self._ray
+
+    def close(self) -> None:
+        """Disconnect; a private Ray ends."""
+        self._ray, self._watch = None, None
+        self._stack.close()
+
+    def __enter__(self) -> "RaySession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def nodes(self) -> list[NodeInfo]:
+        """The nodes that are alive."""
+        self.open()
+        return list(self._watched.nodes.values())
+
+    @property
+    def draining(self) -> set[str]:
+        """Ids of the nodes that will soon be gone."""
+        return {node.node_id for node in self._watched.nodes.values() if node.is_draining}
+
+    def is_alive(self, node_id: str) -> bool:
+        """Return whether a node was alive a moment ago."""
+        return node_id in self._watched.nodes
+
+    def check_alive(self) -> None:
+        """Raise EngineError if the cluster's head has not answered for too long."""
+        silent_s = self._watched.silent_s()
+        if silent_s > SILENCE_S:
+            raise EngineError(
+                f"the head of the Ray cluster has not answered for {silent_s:.0f} s. What had "
+                "ended is committed; the same command continues the run."
+            )
+
+    def start_actor(
+        self,
+        placement: StagePlacement,
+        worker_class: type[Any],
+        worker_id: str,
+        spec: Any,
+        mark: Path | None,
+    ) -> Any:
+        """Place a worker actor; its calls wait until a node takes it."""
         # The driver owns replacement and retries: Ray would repeat a deadly batch for ever.
         # Task events feed a dashboard that is not there; they cost a third of a call's time.
-        options = {
+        options: dict[str, Any] = {
             "max_restarts": 0,
             "max_task_retries": 0,
             "enable_task_events": False,
-            **self._resources.per_worker,
+            "num_cpus": placement.num_cpus,
+            "num_gpus": placement.num_gpus,
         }
-        actor_class = self._ray.remote(WorkerActor).options(**options)
-        actor = actor_class.remote(self._worker_class, worker_id, self._spec)
-        self._actors[worker_id] = actor
-        for ref in (actor.lifetime.remote(), actor.start.remote()):
-            self._pending[ref] = _Call(worker_id, incarnation)
+        if not self.is_private:
+            # Processes of a private Ray have their environment from its start.
+            options |= {
+                "resources": placement.custom_resources,
+                "label_selector": placement.labels,
+                "runtime_env": {"env_vars": {**spec.environ, **ZERO_COPY}},
+            }
+            if placement.memory_bytes is not None:
+                options["memory"] = placement.memory_bytes
+        actor_class = self.open().remote(concurrency_groups={HEALTH: 4})(WorkerActor)
+        return actor_class.options(**options).remote(worker_class, worker_id, spec, mark)
 
-    def dispatch(self, worker_id: str, incarnation: int, batch: Any) -> None:
-        """Send a batch to a worker; `poll` reports it done, or the worker failed."""
-        ref = self._actors[worker_id].render.remote(batch)
-        self._pending[ref] = _Call(worker_id, incarnation)
+    def kill(self, actor: Any, where: Whereabouts | None, *, is_stuck: bool) -> None:
+        """End an actor's process; a stuck one (stopped, say) by a signal on its node too."""
+        ray = self.open()
+        ray.kill(actor)
+        if where is None:
+            return
+        if where.node_id == self._node_id:
+            end_process(where.pid)
+        elif is_stuck and self.is_alive(where.node_id):
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def stop_worker(self, worker_id: str) -> str:
-        """Kill a worker that is late, and say what it was waiting for."""
-        asked = self._resources.per_worker
-        free = self._ray.available_resources()
-        has = {name: self._ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-        self._forget(worker_id)
+            on_its_node = NodeAffinitySchedulingStrategy(where.node_id, soft=False)
+            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_its_node)
+            task(end_process).remote(where.pid)
+
+    def unmet(self, placement: StagePlacement) -> str:
+        """Say what a worker asks for that no node has free."""
+        asked = [f"{kind}: {amount}" for kind, amount in placement.resources.items() if amount]
+        if placement.labels and not self.is_private:
+            asked.append(f"labels {placement.labels}")
+        free = self.open().available_resources()
+        has = [
+            f"{kind}: {total:g} (free: {free.get(kind, 0):g})"
+            for kind, total in (
+                ("CPU", sum(node.num_cpus for node in self.nodes)),
+                ("GPU", sum(node.num_gpus for node in self.nodes)),
+            )
+        ]
         return (
-            f"it asked for CPU: {asked['num_cpus']}, GPU: {asked['num_gpus']}; the cluster has "
-            f"CPU: {has['CPU']:g}, GPU: {has['GPU']:g}, free CPU: {free.get('CPU', 0):g}, "
-            f"GPU: {free.get('GPU', 0):g}"
+            f"it asked for {', '.join(asked)}; the cluster's {len(self.nodes)} nodes have "
+            f"{', '.join(has)}"
         )
 
-    def poll(self, timeout_s: float) -> list[Event]:
-        """Wait for at least one report, at most `timeout_s`; replies come before failures."""
-        if not self._pending:
-            time.sleep(timeout_s)
-            return []
-        refs = list(self._pending)
-        ready, _ = self._ray.wait(refs, timeout=timeout_s, fetch_local=False)
-        if ready:
-            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-        events = [self._read(ref, self._pending.pop(ref)) for ref in ready]
-        events.sort(key=lambda event: isinstance(event, WorkerFailed))
-        for event in events:
-            if isinstance(event, WorkerFailed):
-                self._forget(event.worker_id)
-        return events
-
-    def close(self) -> None:
-        """End the workers and the cluster."""
-        self._pending.clear()
-        self._actors.clear()
-        self._session.close()
-        self._ray = None
-
-    def _read(self, ref: Any, call: _Call) -> Event:
-        errors = self._ray.exceptions
+    def probe_gpu(self) -> GpuInfo | None:
+        """Return what a worker with a GPU would find; None if that takes too long."""
+        ray = self.open()
+        ref = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(visible_gpus).remote()
+        ready, _ = ray.wait([ref], timeout=PROBE_S)
+        if not ready:
+            ray.cancel(ref, force=True)
+            return None
         try:
-            value = self._ray.get(ref)
-        except errors.RayTaskError as error:
-            cause = error.cause
-            return call.failed(str(cause), cause if isinstance(cause, InputError) else None)
-        except errors.RayActorError as error:
-            last_words = self._last_words(call.worker_id)
-            return call.failed(f"died: {last_words or _cause_of_death(error)}")
-        except errors.RayError as error:
-            return call.failed(str(error))
-        if isinstance(value, WorkerInfo):
-            self._pids[call.worker_id] = value.pid
-            return WorkerReady(worker_id=call.worker_id, incarnation=call.incarnation, info=value)
-        return BatchDone(worker_id=call.worker_id, incarnation=call.incarnation, reply=value)
+            gpus: list[GpuInfo] = ray.get(ref, timeout=PROBE_S)
+        except ray.exceptions.RayError:
+            return None
+        return next(iter(gpus), None)
 
-    def _last_words(self, worker_id: str) -> str | None:
-        """Return what Python's fault handler wrote as the process crashed, if it did."""
-        for log in self._logs.glob(f"worker-*-{self._pids.get(worker_id, 0)}.err"):
-            for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-                if line.startswith(FAULT):
-                    return line.removeprefix(FAULT)
-        return None
+    @property
+    def _watched(self) -> "_Watch":
+        return self._watch or _Watch()
 
-    def _forget(self, worker_id: str) -> None:
-        """Kill what is left of a worker and expect nothing more from it."""
-        self._pids.pop(worker_id, None)
-        actor = self._actors.pop(worker_id, None)
-        if actor is not None:
-            self._ray.kill(actor)
-        self._pending = {
-            ref: call for ref, call in self._pending.items() if call.worker_id != worker_id
+
+def end_process(pid: int) -> None:
+    """Kill a Ray worker of this machine, if the process still is one."""
+    try:
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        return
+
+
+class _Watch:
+    """The nodes as they were a moment ago, seen from a thread: a dead head answers nobody."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, NodeInfo] = {}
+        self._answered_at = self._asked_at = time.monotonic()
+
+    def look(self, ray: Any) -> None:
+        """Ask the head."""
+        draining = _draining(ray)
+        self.nodes = {
+            node["NodeID"]: NodeInfo(
+                node_id=node["NodeID"],
+                address=node["NodeManagerAddress"],
+                num_cpus=node["Resources"].get("CPU", 0),
+                num_gpus=int(node["Resources"].get("GPU", 0)),
+                object_store_bytes=int(node["Resources"].get("object_store_memory", 0)),
+                is_draining=node["NodeID"] in draining,
+            )
+            for node in ray.nodes()
+            if node["Alive"]
         }
+        self._answered_at = time.monotonic()
 
-
-def _cause_of_death(error: Exception) -> str:
-    """Pick the exit type and the first sentence of the detail out of Ray's long message."""
-    found = re.search(r"Worker exit type: (\w+) Worker exit detail: ([^.]*)", str(error))
-    if found is None:
-        return str(error).split("\n", 1)[0]
-    kind, detail = found.groups()
-    if kind == "SYSTEM_ERROR":
-        return "killed (out of host memory?) or crashed in native code"
-    return f"{kind}: {detail}"
-
-
-# -- the private cluster ---------------------------------------------------------------------------
+    def silent_s(self) -> float:
+        """Return how long the head has not answered; time in which nobody asked is left out."""
+        now = time.monotonic()
+        if now - self._asked_at > MAX_GAP_S:
+            self._answered_at = now
+        self._asked_at = now
+        return now - self._answered_at
 
 
 @contextmanager
-def _local_ray(resources: Resources) -> Iterator[tuple[Any, Path]]:
-    """Start a Ray of our own, yield the module and its log folder, and end it.
+def _watch(ray: Any) -> Iterator[_Watch]:
+    """Look at the nodes every second, until the end."""
+    watch, is_over = _Watch(), threading.Event()
+
+    def look_again() -> None:
+        while not is_over.wait(WATCH_S):
+            # What keeps the head from answering counts as silence.
+            with suppress(ray.exceptions.RayError, RuntimeError, OSError):
+                watch.look(ray)
+
+    watch.look(ray)
+    thread = threading.Thread(target=look_again, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        is_over.set()
+        thread.join(2 * WATCH_S)
+
+
+def _draining(ray: Any) -> set[str]:
+    """Return the nodes that are to be gone soon; Ray has no public way to ask."""
+    state = ray._private.state.state
+    ask = getattr(state, "get_draining_nodes", None)
+    return set(ask()) if ask is not None else set()
+
+
+# -- a private Ray ---------------------------------------------------------------------------------
+
+
+def private_session(
+    layout: ClusterLayout, object_store_bytes: int = OBJECT_STORE_BYTES
+) -> RaySession:
+    """Return a Ray of this machine's own, with room for the layout's workers."""
+    stages = layout.by_role.values()
+    num_cpus = math.ceil(sum(stage.num_workers * stage.num_cpus for stage in stages))
+    num_gpus = sum(stage.num_workers * stage.num_gpus for stage in stages)
+    return RaySession(
+        lambda: _private_ray(max(1, num_cpus), num_gpus, object_store_bytes), is_private=True
+    )
+
+
+@contextmanager
+def _private_ray(num_cpus: int, num_gpus: int, object_store_bytes: int) -> Iterator[Any]:
+    """Start a Ray of our own, yield the module, and end it.
 
     Other clusters on the machine are left alone.
     """
-    _check_shm()
-    with _session_dir() as session_dir:
-        token_file = session_dir / "token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(secrets.token_hex(32))
-        with _environ(
+    check_shm(object_store_bytes)
+    with (
+        session_dir() as folder,
+        environ(
             # Read when ray is imported: the odd name makes 127.0.0.1 this node's address.
             RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
             RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN_PATH=str(token_file),
+            RAY_AUTH_TOKEN_PATH=str(write_token(folder)),
             RAY_AUTH_TOKEN=None,
             RAY_USAGE_STATS_ENABLED="0",
             # Ray's coming default, which it warns about: GPUs are hidden from workers of none.
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1",
-        ):
-            ray = _start_ray(resources, session_dir)
-            try:
-                yield ray, session_dir / "ray" / "session_latest" / "logs"
-            finally:
-                ray.shutdown()
+            **ZERO_COPY,
+        ),
+    ):
+        ray = _import_ray(is_loopback=True)
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                object_store_memory=object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=f"{folder}/ray",
+            )
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise EngineError(f"Ray {ray.__version__} did not start: {error}") from error
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
-def _start_ray(resources: Resources, session_dir: Path) -> Any:
+def _import_ray(*, is_loopback: bool) -> Any:
+    """Import Ray, and let it read the environment again if this process had done so before."""
     import ray
     from ray._private import ray_constants
     from ray._private import worker as ray_worker
@@ -239,76 +383,118 @@ def _start_ray(resources: Resources, session_dir: Path) -> Any:
 
     if ray.is_initialized():
         raise EngineError(
-            "this process is connected to a Ray cluster already, and raydiff starts one of its "
-            "own. Call ray.shutdown() first, or render in another process."
+            "this process is connected to a Ray cluster already, and raydiff makes a connection "
+            "of its own. Call ray.shutdown() first, or render in another process."
         )
-    # For a process that imported ray, or ran one, before this: it has read and kept both.
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    ray_constants.ENABLE_RAY_CLUSTER = not is_loopback
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     # Ray prints a worker's death on stdout, which belongs to the command's own answer.
     ray_worker._worker_logs_enabled = False
-    try:
-        ray.init(
-            address="local",
-            num_cpus=resources.num_workers,
-            num_gpus=resources.num_gpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=f"{session_dir}/ray",
-        )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise EngineError(f"Ray {ray.__version__} did not start: {error}") from error
     return ray
 
 
-def _check_shm() -> None:
-    """Refuse a small /dev/shm, as in a container by default: Ray would use slow disk instead."""
-    if SHM.is_dir() and shutil.disk_usage(SHM).free < OBJECT_STORE_BYTES:
-        free = shutil.disk_usage(SHM).free
-        raise EngineError(
-            f"{SHM} has {free / 2**20:.0f} MiB free; Ray needs {OBJECT_STORE_BYTES / 2**20:.0f}. "
-            "In a container, start it with --shm-size=1g."
+# -- a cluster to join -----------------------------------------------------------------------------
+
+
+def joined_session(address: str, *, insecure: bool = False) -> RaySession:
+    """Return the cluster at `host:port`, or the one that this machine is a node of (`auto`).
+
+    Opening it raises ConfigError for a cluster that cannot be joined or, unless `insecure`, asks
+    for no token: anyone who reaches it could run code in the workers.
+    """
+    return RaySession(lambda: _joined_ray(address, insecure), is_private=False)
+
+
+@contextmanager
+def _joined_ray(address: str, insecure: bool) -> Iterator[Any]:
+    has_token = check_token(insecure)
+    # Until the cluster is known to ask for a token, it is shown a wrong one: this one is secret.
+    with environ(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN="0" * 64,
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_BACKEND_LOG_LEVEL="error",
+        **ZERO_COPY,
+    ):
+        ray = _import_ray(is_loopback=False)
+        head = _head(address)
+        is_protected = _asks_for_token(ray, head)
+    if not is_protected and not insecure:
+        raise ConfigError(
+            f"engine.address: {address}: this Ray cluster asks for no token, so that anyone who "
+            "reaches it can run code on its nodes. Start it with RAY_AUTH_MODE=token, or accept "
+            "that with --insecure."
         )
+    mode = "token" if is_protected and has_token else "disabled"
+    with environ(RAY_AUTH_MODE=mode, RAY_USAGE_STATS_ENABLED="0", **ZERO_COPY):
+        ray = _import_ray(is_loopback=False)
+        try:
+            is_loopback = any(node.startswith("127.") for node in _node_addresses(head))
+            ray = _import_ray(is_loopback=is_loopback)
+            ray.init(address=head, log_to_driver=False, configure_logging=False)
+        except ray.exceptions.AuthenticationError:
+            raise ConfigError(
+                f"engine.address: {address}: the cluster does not take this token. Give the one "
+                "it was started with, in ~/.ray/auth_token or in the file RAY_AUTH_TOKEN_PATH."
+            ) from None
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ConfigError(
+                f"engine.address: {address}: the cluster cannot be joined: {error} Run raydiff on "
+                "one of its nodes, by `ray job submit` for example."
+            ) from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
-@contextmanager
-def _session_dir() -> Iterator[Path]:
-    """Make a folder for one session, and remove it; also those of drivers that were killed."""
-    root = Path(tempfile.gettempdir())
-    if len(str(root)) > MAX_TEMP_DIR_LENGTH:
-        root = Path("/tmp")
-    for folder in root.glob(f"{SESSION_PREFIX}*"):
-        with suppress(OSError), (folder / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory(
-        prefix=SESSION_PREFIX, dir=root, ignore_cleanup_errors=True
-    ) as name:
-        folder = Path(name)
-        # The lock ends with this process. It gets its name when it is held, not before.
-        with (folder / "lock.new").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / "lock.new").rename(folder / "lock")
-            yield folder
+def _head(address: str) -> str:
+    """Return `host:port` of a cluster whose head answers there."""
+    from ray._private import services
 
-
-@contextmanager
-def _environ(**variables: str | None) -> Iterator[None]:
-    """Set environment variables (None removes one) and put the old values back."""
-    before = {name: os.environ.get(name) for name in variables}
-    _set_environ(variables)
+    if "://" in address:
+        raise ConfigError(
+            f"engine.address: {address}: Ray's client mode is not supported. Run raydiff on a node "
+            "of the cluster (`ray job submit`), with --address auto."
+        )
     try:
-        yield
-    finally:
-        _set_environ(before)
+        head = services.canonicalize_bootstrap_address_or_die(address)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"engine.address: {address}: no cluster is found from here: {error}. Run raydiff on "
+            "one of its nodes, or give host:port of its head."
+        ) from None
+    host, _, port = head.rpartition(":")
+    if not port.isdigit():
+        raise ConfigError(f"engine.address: {address}: expected host:port, e.g. 10.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"engine.address: {address}: no Ray head answers there: {error}. Check host and port "
+            "(6379 unless the head was started with another)."
+        ) from None
+    return str(head)
 
 
-def _set_environ(variables: dict[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def _asks_for_token(ray: Any, head: str) -> bool:
+    """Return whether a cluster refuses a wrong token. Raises ConfigError for what is no cluster."""
+    try:
+        _gcs(head).internal_kv_get(b"raydiff", namespace=b"raydiff", timeout=CONNECT_S)
+    except ray.exceptions.AuthenticationError:
+        return True
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"engine.address: {head}: no Ray head answers there: {error}") from None
+    return False
+
+
+def _node_addresses(head: str) -> list[str]:
+    nodes = _gcs(head).get_all_node_info(timeout=CONNECT_S)
+    return [str(node.node_manager_address) for node in nodes.values()]
+
+
+def _gcs(head: str) -> Any:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    return GcsClient(address=head)

@@ -3,27 +3,36 @@
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any, Self
 
-from raydiff.engine.cluster import LocalCluster
-from raydiff.engine.scheduler import (
-    Dispatch,
+from raydiff.engine.messages import (
+    BatchDone,
+    DenoiseDone,
     EndRequest,
+    Event,
     FinishRun,
-    Scheduler,
+    FlushDone,
+    Place,
+    Role,
     StartWorker,
-    StopWorker,
     WorkerFailed,
+    WorkerInfo,
+    WorkerLeaving,
+    WorkerPlaced,
     WorkerReady,
 )
-from raydiff.engine.worker import WorkerInfo
-from raydiff.errors import InputError, RaydiffError
+from raydiff.engine.observers import Observers
+from raydiff.engine.outage import Outage
+from raydiff.engine.scheduler import Scheduler
+from raydiff.engine.worker_pool import WorkerPool
+from raydiff.errors import DiskError, EngineError, InputError, RaydiffError
 from raydiff.output.ledger import Ledger
 from raydiff.output.progress import Progress, ProgressFile, State
+from raydiff.output.shards import ShardPublisher
 from raydiff.request import ManifestRow, RenderResult
 
 READ_SLICE_S = 0.05
@@ -31,6 +40,10 @@ READ_SLICE_S = 0.05
 POLL_S = 0.2
 """Longest wait for replies: how soon a signal or a due commit is seen."""
 PROGRESS_S = 0.25
+REFRESH_S = 5.0
+"""Between two looks for new nodes."""
+UNPLACED_S = 15.0
+"""People are told when a stage has waited so long for its first worker's node."""
 
 
 class Driver:
@@ -44,21 +57,36 @@ class Driver:
         lookahead: int,
         ledger: Ledger,
         scheduler: Scheduler,
-        cluster: LocalCluster,
+        pool: WorkerPool,
         progress_file: ProgressFile,
+        observers: Observers,
+        publisher: ShardPublisher | None = None,
+        places_now: Callable[[], Sequence[Place]] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         on_warning: Callable[[str], None] | None = None,
     ) -> None:
-        """`total` is the number of images, None if that is known only when all rows are read."""
+        """`total` is the number of images, None if that is known only when all rows are read.
+
+        `publisher` is for results in shards. `places_now` says which places there are, where nodes
+        come while the run goes on.
+        """
         self._rows = rows
         self._total = total
         self._max_equal_waiting = lookahead
         self._ledger = ledger
         self._scheduler = scheduler
-        self._cluster = cluster
+        self._pool = pool
         self._progress_file = progress_file
+        self._observers = observers
+        self._publisher = publisher
+        self._places_now = places_now
         self._on_progress = on_progress
         self._on_warning = on_warning
+        self._inbox: deque[Event] = deque()
+        """Events that are not taken in yet: they wait while the output cannot be written."""
+        self._outage = Outage(on_warning=self._warn)
+        self._published: dict[str, RenderResult] = {}
+        """Results in shards of an earlier session that it could not commit."""
         self._waiting: dict[str, list[ManifestRow]] = {}
         """Rows by the request that they wait for; more than one where rows are equal."""
         self._num_equal_waiting = 0
@@ -66,9 +94,12 @@ class Driver:
         self._num_read = 0
         self._signals = Signals()
         self._workers: dict[str, WorkerInfo] = {}
+        self._roles: dict[str, Role] = {}
+        self._unplaced_since: dict[Role, float] = {}
+        """When the first worker was asked for, of stages that have not had one."""
         self._rows_by_worker: Counter[str] = Counter()
         self._failed_incarnations: dict[str, int] = {}
-        self._reported_at = float("-inf")
+        self._refreshed_at = self._reported_at = float("-inf")
         self.num_duplicates = 0
         """Rows that took the file of an equal request."""
 
@@ -83,9 +114,20 @@ class Driver:
         Whatever has ended is committed, also where an error ends the run: EngineError, or the
         InputError that kept the first worker from starting.
         """
+        error: RaydiffError | None
         with self._signals:
-            error = self._loop()
-        self._ledger.commit()
+            try:
+                if self._publisher is not None:
+                    self._published = self._publisher.adopt(self._is_known)
+                error = self._loop()
+            except RaydiffError as raised:
+                error = raised
+        try:
+            self._ledger.commit()
+            if self._publisher is not None and error is None and not self.is_interrupted:
+                self._publisher.finish()
+        except EngineError as raised:
+            error = error or raised
         self._report(_final_state(error, self.is_interrupted))
         if error is not None:
             raise error
@@ -95,30 +137,70 @@ class Driver:
         while self._signals.count < 2:
             if self.is_interrupted:
                 self._scheduler.drain()
-            is_reading = self._read_rows()
-            for decision in self._scheduler.decide(time.monotonic()):
-                match decision:
-                    case FinishRun():
+            self._write_down()
+            is_reading = False
+            if not self._outage.is_on:
+                is_reading = self._read_rows()
+                for decision in self._scheduler.decide(time.monotonic()):
+                    self._observers.decision(decision, time.monotonic())
+                    if isinstance(decision, FinishRun):
                         return decision.error
-                    case EndRequest():
+                    if isinstance(decision, EndRequest):
                         self._end(decision.result)
-                    case Dispatch():
-                        self._cluster.dispatch(
-                            decision.worker_id, decision.incarnation, decision.batch
-                        )
-                    case StartWorker():
-                        self._cluster.start_worker(decision.worker_id, decision.incarnation)
-                        self._signals.install()
-                    case StopWorker():
-                        self._stop(decision)
-            for event in self._cluster.poll(0 if is_reading else POLL_S):
-                self._note(event)
-                self._scheduler.handle(event, time.monotonic())
-            if self._ledger.should_commit(time.monotonic()):
-                self._ledger.commit()
-            if time.monotonic() - self._reported_at >= PROGRESS_S:
-                self._report("running")
+                        continue
+                    self._pool.carry_out(decision)
+                    if isinstance(decision, StartWorker):
+                        self._started(decision)
+            self._inbox.extend(self._pool.poll(0 if is_reading else POLL_S))
+            self._look_around(time.monotonic())
         return None
+
+    def _write_down(self) -> None:
+        """Take in what the cluster reported, and commit; or wait, while that cannot be written.
+
+        Raises DiskError when it has been so for too long.
+        """
+        now = time.monotonic()
+        if not self._outage.may_try(now):
+            return
+        try:
+            while self._inbox:
+                event = self._publish(self._inbox[0])
+                self._inbox.popleft()
+                self._note(event, now)
+                self._scheduler.handle(event, now)
+            if self._ledger.should_commit(now) or self._outage.is_on:
+                self._ledger.commit()
+        except DiskError as error:
+            self._outage.failed(error, time.monotonic())
+        else:
+            self._outage.succeeded(now)
+
+    def _publish(self, event: Event) -> Event:
+        """Give the shards that a reply tells of their names. Raises DiskError."""
+        if self._publisher is None:
+            return event
+        if isinstance(event, BatchDone):
+            results = tuple(self._publisher.publish(event.reply.results))
+            return replace(event, reply=replace(event.reply, results=results))
+        if isinstance(event, FlushDone):
+            results = tuple(self._publisher.publish(event.reply.results))
+            return replace(event, reply=replace(event.reply, results=results))
+        return event
+
+    def _look_around(self, now: float) -> None:
+        """Do what is due by the clock."""
+        if self._places_now is not None and now - self._refreshed_at >= REFRESH_S:
+            self._refreshed_at = now
+            self._scheduler.set_places(self._places_now())
+        for role, since in self._unplaced_since.items():
+            if now - since >= UNPLACED_S:
+                self._unplaced_since[role] = float("inf")
+                self._warn(
+                    f"no node has taken a worker of stage {role} yet: {self._pool.unmet(role)}"
+                )
+        if now - self._reported_at >= PROGRESS_S:
+            self._report("running")
 
     # -- rows ----------------------------------------------------------------------------------
 
@@ -155,6 +237,8 @@ class Driver:
         if request_id in self._waiting:
             self._waiting[request_id].append(row)
             self._num_equal_waiting += 1
+        elif published := self._published.pop(request_id, None):
+            self._ledger.add(row, published)
         elif known := self._ledger.find(request_id):
             self._ledger.add(row, known)
             self.num_duplicates += 1
@@ -170,38 +254,55 @@ class Driver:
         self.num_duplicates += len(rows) - 1
         if result.worker_id is not None:
             self._rows_by_worker[result.worker_id] += 1
+        self._observers.ended(result, len(rows))
         for row in rows:
             self._ledger.add(row, result)
 
+    def _is_known(self, request_id: str) -> bool:
+        return self._ledger.find(request_id) is not None
+
     # -- workers -------------------------------------------------------------------------------
 
-    def _stop(self, decision: StopWorker) -> None:
-        reason = self._cluster.stop_worker(decision.worker_id)
-        event = WorkerFailed(
-            worker_id=decision.worker_id,
-            incarnation=decision.incarnation,
-            cause="start",
-            reason=f"worker {decision.worker_id} was stopped: {decision.reason}: {reason}",
-        )
-        self._note(event)
-        self._scheduler.handle(event, time.monotonic())
+    def _started(self, decision: StartWorker) -> None:
+        self._signals.install()
+        if decision.role not in self._roles.values():
+            self._unplaced_since[decision.role] = time.monotonic()
+        self._roles[decision.worker_id] = decision.role
 
-    def _note(self, event: Any) -> None:
+    def _note(self, event: Event, now: float) -> None:
         """Keep what is told to people."""
-        if isinstance(event, WorkerReady):
-            self._workers[event.worker_id] = event.info
-        elif isinstance(event, WorkerFailed):
-            self._workers.pop(event.worker_id, None)
-            # Every call that a dead worker had fails, and each says so.
-            if self._failed_incarnations.get(event.worker_id) == event.incarnation:
-                return
-            self._failed_incarnations[event.worker_id] = event.incarnation
-            if self._on_warning is not None and event.error is None:
-                self._on_warning(event.reason)
+        self._observers.event(event, now)
+        match event:
+            case WorkerPlaced():
+                self._unplaced_since.pop(self._roles[event.worker_id], None)
+            case WorkerReady():
+                self._workers[event.worker_id] = event.info
+            case WorkerLeaving():
+                self._warn(event.reason)
+            case BatchDone() | DenoiseDone():
+                for warning in event.reply.warnings:
+                    self._warn(f"worker {event.worker_id}: {warning}")
+            case WorkerFailed():
+                self._worker_failed(event)
+
+    def _worker_failed(self, event: WorkerFailed) -> None:
+        self._workers.pop(event.worker_id, None)
+        # Every call that a dead worker had fails, and each says so.
+        if self._failed_incarnations.get(event.worker_id) == event.incarnation:
+            return
+        self._failed_incarnations[event.worker_id] = event.incarnation
+        if event.error is None:
+            self._warn(event.reason)
+
+    def _warn(self, message: str) -> None:
+        self._observers.warning(message)
+        if self._on_warning is not None:
+            self._on_warning(message)
 
     def _report(self, state: State) -> None:
         self._reported_at = time.monotonic()
         counts = self._ledger.counts
+        queues = self._scheduler.queue_lengths
         progress = self._progress_file.update(
             state=state,
             total=self._total,
@@ -210,8 +311,10 @@ class Driver:
             quarantined=counts["quarantined"],
             duplicates=self.num_duplicates,
             workers=[self._describe(*worker) for worker in self._scheduler.worker_states.items()],
+            queues=queues,
             now=time.time(),
         )
+        self._observers.progress(progress, queues)
         if self._on_progress is not None:
             self._on_progress(progress)
 
@@ -219,6 +322,7 @@ class Driver:
         info = self._workers.get(worker_id)
         return {
             "worker_id": worker_id,
+            "role": self._roles.get(worker_id),
             "state": state,
             "node": info.node if info else None,
             "device": info.device if info else None,

@@ -178,7 +178,7 @@ def _batches(
     profiles: dict[str, Profile] = {}
     for key, num_requests in shapes:
         if key.model not in profiles:
-            profiles[key.model] = _profile(models(key.model), config, gpu)
+            profiles[key.model] = profile_on(gpu, models(key.model), config)
         profile = profiles[key.model]
         batch_size = config.engine.batch_size
         if batch_size == "auto":
@@ -194,7 +194,8 @@ def _batches(
         )
 
 
-def _profile(info: ModelInfo, config: RunConfig, gpu: GpuInfo | None) -> Profile:
+def profile_on(gpu: GpuInfo | None, info: ModelInfo, config: RunConfig) -> Profile:
+    """Return the memory profile of a model in a worker on this GPU, None for one without."""
     num_bytes = DTYPE_BYTES[compute_dtype(config.model.dtype, config.memory, gpu)]
     component_bytes = {name: count * num_bytes for name, count in info.num_parameters.items()}
     return resolve_profile(config.memory, info.family, component_bytes, gpu)

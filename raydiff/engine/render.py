@@ -1,31 +1,45 @@
 """raydiff.render: a manifest into an output folder, on every GPU there is."""
 
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raydiff.config import RunConfig
-from raydiff.engine.cluster import LocalCluster, Resources
+from raydiff.engine.cluster import OBJECT_STORE_BYTES, RaySession, joined_session, private_session
+from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
-from raydiff.engine.messages import Place
-from raydiff.engine.plan import count_images, open_rows
+from raydiff.engine.messages import Place, Role
+from raydiff.engine.observers import Observers
+from raydiff.engine.placement import cluster_layout, grown, local_layout, places
+from raydiff.engine.plan import count_images, open_rows, profile_on
+from raydiff.engine.ray_session import free_shm_bytes
+from raydiff.engine.run_log import RunLog
 from raydiff.engine.scheduler import Scheduler
+from raydiff.engine.shared_out import visible_mark
+from raydiff.engine.summary import SessionSummary, SummaryObserver
 from raydiff.engine.worker import WorkerSpec
-from raydiff.errors import ConfigError, EngineError, InputError
+from raydiff.engine.worker_pool import WorkerPool
+from raydiff.errors import ConfigError, EngineError, InputError, RaydiffError
 from raydiff.manifest.reader import Manifest
 from raydiff.manifest.rows import extra_schema, read_rows
-from raydiff.memory.gpus import GpuInfo, visible_gpus
+from raydiff.memory.gpus import visible_gpus
 from raydiff.output.failed_rows import FailedRows, drop_failed_rows
 from raydiff.output.ledger import Ledger
 from raydiff.output.progress import Progress, ProgressFile
 from raydiff.output.run_file import Run, start_run
+from raydiff.output.shards import ShardPublisher
 
 RENDERER = "raydiff.engine.renderers:PipelineRenderer"
 MAX_WRITE_THREADS = 4
+LATENTS_BYTES = 256 * 2**20
+"""Room in a private object store for the latents of batches between two stages."""
+MIN_EMBEDS_BYTES = 64 * 2**20
+EMBEDS_SHARE = 0.5
+"""Most of a node's object store that embeddings may fill."""
 
 OnProgress = Callable[[Progress], None]
 OnWarning = Callable[[str], None]
@@ -45,6 +59,8 @@ class RunSummary:
     """Rows that ended in this session, however they did."""
     elapsed_s: float
     is_interrupted: bool
+    session: SessionSummary | None = None
+    """Where the time of this session went."""
 
     @property
     def exit_status(self) -> int:
@@ -77,13 +93,18 @@ def render(
     models = known_models(config.model)
     # Where rows name no model it is this one: a worker can load it before its first batch.
     preload = None if "model" in opened.schema.names else models(config.model.name)
+    arguments = {
+        "model": config.model,
+        "memory": config.memory,
+        "preload": preload,
+        "embeds_in": config.out if config.engine.embeds_on_disk else None,
+    }
     return run_manifest(
         opened,
         config=config,
         models=models,
         renderer=RENDERER,
-        arguments={"model": config.model, "memory": config.memory, "preload": preload},
-        resources=choose_resources(config, visible_gpus()),
+        arguments=arguments,
         retry=retry,
         on_progress=on_progress,
         on_warning=on_warning,
@@ -97,99 +118,240 @@ def run_manifest(
     models: KnownModels,
     renderer: str,
     arguments: dict[str, Any],
-    resources: Resources,
+    layout: ClusterLayout | None = None,
     retry: FailedRows | None = None,
     on_progress: OnProgress | None = None,
     on_warning: OnWarning | None = None,
 ) -> RunSummary:
-    """Run an opened manifest with any renderer (`module:Class`). Raises what `render` does."""
+    """Run an opened manifest with any renderer (`module:Class`). Raises what `render` does.
+
+    The layout is chosen by the settings and the machines there are, if none is given.
+    """
     if config.out is None:
         raise ConfigError("out: there is no output folder. Name one, e.g. --out results.")
     started = time.time()
     # What no row could be rendered with is refused here, before the folder is touched.
     read_rows(manifest, config=config, models=models)
-    with _start(manifest, config, models) as run:
+    with (
+        _workplace(config, models, layout) as workplace,
+        _start(manifest, config, models) as run,
+        ExitStack() as stack,
+    ):
         if retry is not None:
             drop_failed_rows(run, retry)
-        extra = extra_schema(manifest)
-        ledger = Ledger(run.storage, extra_schema=extra, config=config.output, lock=run.lock)
-        for warning in ledger.warnings:
-            (on_warning or _ignore)(warning)
-        num_before = len(ledger)
-        spec = worker_spec(run.out, config, renderer, arguments, resources)
-        cluster = LocalCluster(resources, spec)
+        ledger = Ledger(
+            run.storage, extra_schema=extra_schema(manifest), config=config.output, lock=run.lock
+        )
+        session = _Session(run, ledger, workplace, config=config, on_warning=on_warning)
+        driver = session.driver(
+            manifest,
+            models,
+            specs=worker_specs(run.out, config, renderer, arguments, workplace.layout),
+            stack=stack,
+            on_progress=on_progress,
+        )
+        error: RaydiffError | None = None
+        try:
+            driver.run()
+        except RaydiffError as raised:
+            error = raised
+        summary = RunSummary(
+            out=run.out,
+            **ledger.counts,
+            duplicates=driver.num_duplicates,
+            ended=len(ledger) - session.num_before,
+            elapsed_s=time.time() - started,
+            is_interrupted=driver.is_interrupted,
+            session=session.summary.summary(time.monotonic()),
+        )
+        session.observers.close(asdict(summary) | ({"error": str(error)} if error else {}))
+        if isinstance(error, InputError) and len(ledger):
+            raise EngineError(str(error)) from error
+        if error is not None:
+            raise error
+        return summary
+
+
+class _Session:
+    """What one session of a run has beside its workers: ledger, observers, and a driver."""
+
+    def __init__(
+        self,
+        run: Run,
+        ledger: Ledger,
+        workplace: "_Workplace",
+        *,
+        config: RunConfig,
+        on_warning: OnWarning | None,
+    ) -> None:
+        self._run = run
+        self._ledger = ledger
+        self._workplace = workplace
+        self._config = config
+        self._on_warning = on_warning
+        self.num_before = len(ledger)
+        stages = workplace.layout.by_role.values()
+        num_threads = min(_num_write_threads(placement) for placement in stages)
+        self.summary = SummaryObserver(num_write_threads=num_threads)
+        about = run.file.sessions[-1].model_dump(exclude={"epoch"})
+        number = {role: stage.num_workers for role, stage in workplace.layout.by_role.items()}
+        log = RunLog(run.storage, run.lock.epoch, session={**about, "workers": number})
+        self.observers = Observers([self.summary, log])
+        for warning in filter(None, [*ledger.warnings, run.lock.warning]):
+            self.observers.warning(warning)
+            if on_warning is not None:
+                on_warning(warning)
+
+    def driver(
+        self,
+        manifest: Manifest,
+        models: KnownModels,
+        *,
+        specs: dict[Role, WorkerSpec],
+        stack: ExitStack,
+        on_progress: OnProgress | None,
+    ) -> Driver:
+        """Return the driver of the rows that have not ended."""
+        config, run, workplace, ledger = self._config, self._run, self._workplace, self._ledger
         total = count_images(manifest, config)
         is_one_each = total is not None and config.defaults.num_images == 1
         start_row = ledger.num_leading_rows() if is_one_each else 0
-        driver = Driver(
+        has_shards = config.output.format == "webdataset"
+        path = run.storage.local_path("")
+        is_shared = path is not None and not workplace.session.is_private
+        pool = WorkerPool(
+            workplace.session,
+            workplace.layout,
+            specs,
+            mark=stack.enter_context(visible_mark(path)) if path and is_shared else None,
+            health_timeout_s=config.engine.health_timeout_s,
+            on_health=lambda worker_id, health: self.observers.health(
+                worker_id, health, time.monotonic()
+            ),
+        )
+        stack.callback(pool.close)
+        return Driver(
             rows=read_rows(manifest, config=config, models=models, start_row=start_row),
             total=total,
             lookahead=config.engine.lookahead,
             ledger=ledger,
-            scheduler=Scheduler(_places(resources), config.engine),
-            cluster=cluster,
-            progress_file=ProgressFile(run.storage, epoch=run.lock.epoch, started_at=started),
+            scheduler=Scheduler(
+                places(workplace.layout),
+                config.engine,
+                embeds_cache_bytes=workplace.embeds_cache_bytes,
+                shard_s=config.output.shard_s if has_shards else float("inf"),
+            ),
+            pool=pool,
+            progress_file=ProgressFile(run.storage, epoch=run.lock.epoch, started_at=time.time()),
+            observers=self.observers,
+            publisher=ShardPublisher(run.out, config.output) if has_shards else None,
+            places_now=workplace.places_now,
             on_progress=on_progress,
-            on_warning=on_warning,
-        )
-        try:
-            driver.run()
-        except InputError as error:
-            if not len(ledger):
-                raise
-            raise EngineError(str(error)) from error
-        finally:
-            cluster.close()
-        return RunSummary(
-            out=run.out,
-            **ledger.counts,
-            duplicates=driver.num_duplicates,
-            ended=len(ledger) - num_before,
-            elapsed_s=time.time() - started,
-            is_interrupted=driver.is_interrupted,
+            on_warning=self._on_warning,
         )
 
 
-def choose_resources(config: RunConfig, gpus: Sequence[GpuInfo]) -> Resources:
-    """Return how many workers to start: one per GPU, or on the CPU where there is none.
+# -- where the workers are -------------------------------------------------------------------------
 
-    Raises ConfigError for more workers than GPUs.
-    """
-    is_on_gpu = config.memory.profile != "cpu_only" or "cuda" in config.memory.devices.values()
-    num_gpus = len(gpus) if is_on_gpu else 0
-    asked = config.engine.workers
-    if asked == "auto":
-        return Resources(num_workers=max(1, num_gpus), num_gpus=num_gpus)
-    if num_gpus and asked > num_gpus:
-        raise ConfigError(
-            f"engine.workers: {asked}: a worker takes a whole GPU, and there are {num_gpus}. "
-            f"Use --workers {num_gpus}, or --profile cpu_only for workers on the CPU."
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Workplace:
+    """The Ray of a run, and which workers it is to have there."""
+
+    session: RaySession
+    layout: ClusterLayout
+    embeds_cache_bytes: int
+    places_now: Callable[[], Sequence[Place]] | None = None
+    """For a cluster whose nodes say how many workers there are."""
+
+
+@contextmanager
+def _workplace(
+    config: RunConfig, models: KnownModels, layout: ClusterLayout | None
+) -> Iterator[_Workplace]:
+    """Choose the workers, and join the cluster if there is one to join. Raises ConfigError."""
+    engine = config.engine
+    wanted_bytes = int(engine.embeds_cache_gib * 2**30)
+    if engine.address is None:
+        layout = layout or local_layout(config, visible_gpus())
+        store_bytes = OBJECT_STORE_BYTES
+        if layout.is_split:
+            room = int(EMBEDS_SHARE * free_shm_bytes()) - LATENTS_BYTES
+            wanted_bytes = max(MIN_EMBEDS_BYTES, min(wanted_bytes, room))
+            store_bytes += wanted_bytes + LATENTS_BYTES
+        with private_session(layout, store_bytes) as session:
+            yield _Workplace(session=session, layout=layout, embeds_cache_bytes=wanted_bytes)
+        return
+    with joined_session(engine.address, insecure=engine.insecure) as session:
+        session.open()
+        chosen = layout or cluster_layout(
+            config, session.nodes, encodes_on_cpu=lambda: _encodes_on_cpu(config, models, session)
         )
-    return Resources(num_workers=asked, num_gpus=min(asked, num_gpus))
+        smallest = min(node.object_store_bytes for node in session.nodes)
+        is_by_nodes = layout is None and engine.cluster is None and engine.workers == "auto"
+        yield _Workplace(
+            session=session,
+            layout=chosen,
+            embeds_cache_bytes=min(wanted_bytes, int(EMBEDS_SHARE * smallest)),
+            places_now=_GrowingPlaces(config, session, chosen) if is_by_nodes else None,
+        )
 
 
-def worker_spec(
+class _GrowingPlaces:
+    """The places of a cluster that nodes join while the run goes on."""
+
+    def __init__(self, config: RunConfig, session: RaySession, layout: ClusterLayout) -> None:
+        self._config = config
+        self._session = session
+        self._layout = layout
+
+    def __call__(self) -> list[Place]:
+        nodes = [node for node in self._session.nodes if not node.is_draining]
+        is_split = self._layout.is_split
+        newer = cluster_layout(self._config, nodes, encodes_on_cpu=lambda: is_split)
+        self._layout = grown(self._layout, newer)
+        return places(self._layout)
+
+
+def _encodes_on_cpu(config: RunConfig, models: KnownModels, session: RaySession) -> bool:
+    """Return whether the memory profile of the cluster's GPUs puts text encoders on the CPU."""
+    gpu = session.probe_gpu()
+    if gpu is None:
+        return False
+    devices = profile_on(gpu, models(config.model.name), config).devices
+    return devices["text_encoder"] == "cpu" and devices["unet"] == "cuda"
+
+
+def worker_specs(
     out: str,
     config: RunConfig,
     renderer: str,
     arguments: dict[str, Any],
-    resources: Resources,
-) -> WorkerSpec:
-    """Return what every worker of the run is built from; the CPU's cores are shared out evenly."""
-    num_cores = max(1, len(os.sched_getaffinity(0)) // resources.num_workers)
-    environ = {"OMP_NUM_THREADS": str(num_cores), "TOKENIZERS_PARALLELISM": "false"}
-    if not resources.num_gpus:
-        environ["CUDA_VISIBLE_DEVICES"] = ""
+    layout: ClusterLayout,
+) -> dict[Role, WorkerSpec]:
+    """Return what the workers of each role are built from."""
     batch_size = config.engine.batch_size
-    return WorkerSpec(
-        renderer=renderer,
-        arguments=arguments,
-        out=out,
-        output=config.output,
-        batch_size=None if batch_size == "auto" else batch_size,
-        num_write_threads=min(MAX_WRITE_THREADS, num_cores),
-        environ=environ,
-    )
+    specs: dict[Role, WorkerSpec] = {}
+    for role, placement in layout.by_role.items():
+        num_threads = str(placement.num_threads)
+        environ = {"OMP_NUM_THREADS": num_threads, "TOKENIZERS_PARALLELISM": "false"}
+        if not placement.num_gpus:
+            environ["CUDA_VISIBLE_DEVICES"] = ""
+        specs[role] = WorkerSpec(
+            renderer=renderer,
+            arguments=arguments,
+            role=role,
+            out=out,
+            output=config.output,
+            batch_size=None if batch_size == "auto" else batch_size,
+            num_write_threads=_num_write_threads(placement),
+            environ=environ,
+        )
+    return specs
+
+
+def _num_write_threads(placement: StagePlacement) -> int:
+    return min(MAX_WRITE_THREADS, placement.num_threads)
 
 
 def _start(manifest: Manifest, config: RunConfig, models: KnownModels) -> Run:
@@ -213,11 +375,3 @@ def _laid_over(
     if model is not None:
         update["model"] = config.model.model_copy(update={"name": model})
     return config.model_copy(update=update)
-
-
-def _places(resources: Resources) -> list[Place]:
-    return [Place(worker_id=f"w{index}") for index in range(resources.num_workers)]
-
-
-def _ignore(warning: str) -> None:
-    pass

@@ -12,14 +12,23 @@ import numpy as np
 import pyarrow.compute as pc
 
 from raydiff.config import EngineConfig, RunConfig
-from raydiff.engine.cluster import LocalCluster, Resources
+from raydiff.engine.cluster import private_session
+from raydiff.engine.cluster_file import ClusterLayout
 from raydiff.engine.driver import POLL_S, Signals
 from raydiff.engine.hook import find_hook
-from raydiff.engine.messages import Event, WorkerFailed, WorkerReady
+from raydiff.engine.messages import (
+    BatchDone,
+    Event,
+    StartWorker,
+    StopWorker,
+    WorkerFailed,
+    WorkerReady,
+)
+from raydiff.engine.placement import fused_layout, local_layout
 from raydiff.engine.places import MAX_START_FAILURES
-from raydiff.engine.render import choose_resources
 from raydiff.engine.scheduler import MAX_CRASHES_WITHOUT_RESULT
 from raydiff.engine.score_worker import ScoreBatch, ScoreReply, ScoreSpec, ScoreWorker
+from raydiff.engine.worker_pool import WorkerPool
 from raydiff.errors import ConfigError, EngineError, RaydiffError
 from raydiff.memory.gpus import visible_gpus
 from raydiff.output.keys import request_key, request_keys
@@ -91,26 +100,28 @@ def score(
         for warning in table.warnings:
             (on_warning or _ignore)(warning)
         files = _Files(out, table, retry_errors=retry_errors)
-        resources = _resources(workers, use_gpus, files.num_waiting)
+        layout = _layout(workers, use_gpus, files.num_waiting)
         spec = ScoreSpec(
             out=str(Path(out).resolve()),
             name=name,
             hook=hook,
             arguments=arguments,
             import_dir=str(Path.cwd()),
-            environ=_environ(resources),
+            environ=_environ(layout),
         )
         total = files.num_waiting
-        batch_size = -(-total // (BATCHES_PER_WORKER * resources.num_workers))
-        scoring = _Scoring(
-            cluster=LocalCluster(resources, spec, worker_class=ScoreWorker),
-            num_workers=resources.num_workers,
-            batches=files.batches(min(max(batch_size, 1), MAX_BATCH_SIZE)),
-            table=table,
-            on_progress=lambda num_scored: (on_progress or _ignore_progress)(num_scored, total),
-            on_warning=on_warning or _ignore,
-        )
-        scoring.run()
+        num_workers = layout.by_role["fused"].num_workers
+        batch_size = -(-total // (BATCHES_PER_WORKER * num_workers))
+        with private_session(layout) as session:
+            scoring = _Scoring(
+                pool=WorkerPool(session, layout, {"fused": spec}, worker_class=ScoreWorker),
+                num_workers=num_workers,
+                batches=files.batches(min(max(batch_size, 1), MAX_BATCH_SIZE)),
+                table=table,
+                on_progress=lambda num_scored: (on_progress or _ignore_progress)(num_scored, total),
+                on_warning=on_warning or _ignore,
+            )
+            scoring.run()
         return ScoreSummary(
             out=str(out),
             name=name,
@@ -193,14 +204,14 @@ class _Scoring:
     def __init__(
         self,
         *,
-        cluster: LocalCluster,
+        pool: WorkerPool,
         num_workers: int,
         batches: Iterator[ScoreBatch],
         table: ScoreTable,
         on_progress: Callable[[int], None],
         on_warning: Callable[[str], None],
     ) -> None:
-        self._cluster = cluster
+        self._pool = pool
         self._places = {f"w{index}": _Place(f"w{index}") for index in range(num_workers)}
         self._batches = batches
         self._queue: deque[ScoreBatch] = deque()
@@ -223,14 +234,14 @@ class _Scoring:
             with self._signals:
                 self._on_progress(0)
                 while self._signals.count < 2 and self._give_out():
-                    for event in self._cluster.poll(POLL_S):
+                    for event in self._pool.poll(POLL_S):
                         self._handle(event)
                     if self._table.should_commit(time.monotonic()):
                         self._table.commit()
                     self._on_progress(self.num_scored)
             self._table.commit()
         finally:
-            self._cluster.close()
+            self._pool.close()
         if self._error is not None:
             raise self._error
 
@@ -239,14 +250,14 @@ class _Scoring:
         is_draining = self.is_interrupted or self._error is not None
         for place in self._places.values():
             if place.state == "starting" and time.monotonic() >= place.deadline:
-                self._fail(f"{place.worker_id} was not ready in time: {self._stop(place)}")
+                self._stop(place)
             if is_draining or place.batch is not None or not self._has_work():
                 continue
             if place.state == "empty":
                 self._start(place)
             elif place.state == "ready":
                 place.batch = self._queue.popleft()
-                self._cluster.dispatch(place.worker_id, place.incarnation, place.batch)
+                self._pool.render(place.worker_id, place.batch)
         is_busy = any(place.batch is not None for place in self._places.values())
         return is_busy or (not is_draining and self._error is None and self._has_work())
 
@@ -259,12 +270,23 @@ class _Scoring:
         place.state = "starting"
         place.incarnation += 1
         place.deadline = time.monotonic() + EngineConfig().start_timeout_s
-        self._cluster.start_worker(place.worker_id, place.incarnation)
+        self._pool.carry_out(
+            StartWorker(worker_id=place.worker_id, incarnation=place.incarnation, role="fused")
+        )
         self._signals.install()
 
-    def _stop(self, place: _Place) -> str:
-        place.state = "lost"
-        return self._cluster.stop_worker(place.worker_id)
+    def _stop(self, place: _Place) -> None:
+        """Kill a worker that is late; its place is not tried again."""
+        place.deadline = float("inf")
+        place.num_start_failures = MAX_START_FAILURES
+        self._pool.carry_out(
+            StopWorker(
+                worker_id=place.worker_id,
+                incarnation=place.incarnation,
+                kind="unplaced",
+                reason=f"not ready after {EngineConfig().start_timeout_s:g} s",
+            )
+        )
 
     def _fail(self, reason: str) -> None:
         self._error = self._error or EngineError(reason)
@@ -278,7 +300,7 @@ class _Scoring:
             place.num_start_failures = 0
         elif isinstance(event, WorkerFailed):
             self._worker_failed(place, event)
-        else:
+        elif isinstance(event, BatchDone):
             place.batch = None
             self._end(cast(ScoreReply, event.reply).scores)
 
@@ -322,21 +344,22 @@ class _Scoring:
             self._num_crashes_without_result = 0
 
 
-def _resources(workers: int | Literal["auto"], use_gpus: bool, num_files: int) -> Resources:
+def _layout(workers: int | Literal["auto"], use_gpus: bool, num_files: int) -> ClusterLayout:
     if use_gpus:
         gpus = visible_gpus()
         if not gpus:
             raise ConfigError("--gpu: there is no GPU here. Leave it out, to score on the CPU.")
-        return choose_resources(RunConfig(engine=EngineConfig(workers=workers)), gpus)
+        return local_layout(RunConfig(engine=EngineConfig(workers=workers)), gpus)
     num_useful = max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS, num_files))
-    return Resources(num_workers=num_useful if workers == "auto" else workers, num_gpus=0)
+    return fused_layout(num_useful if workers == "auto" else workers)
 
 
-def _environ(resources: Resources) -> dict[str, str]:
+def _environ(layout: ClusterLayout) -> dict[str, str]:
     """Share the cores out, and hide the GPUs from workers that were promised none."""
-    num_cores = max(1, len(os.sched_getaffinity(0)) // resources.num_workers)
-    environ = {"OMP_NUM_THREADS": str(num_cores), "TOKENIZERS_PARALLELISM": "false"}
-    return environ if resources.num_gpus else environ | {"CUDA_VISIBLE_DEVICES": ""}
+    placement = layout.by_role["fused"]
+    num_threads = str(placement.num_threads)
+    environ = {"OMP_NUM_THREADS": num_threads, "TOKENIZERS_PARALLELISM": "false"}
+    return environ if placement.num_gpus else environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _ignore(warning: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from raydiff.engine.hook import find_hook, make_hook
-from raydiff.engine.messages import WorkerInfo
+from raydiff.engine.messages import WorkerHealth, WorkerInfo
 from raydiff.engine.worker import Failure, attempt
 from raydiff.errors import ConfigError, RowError
 from raydiff.output.frames import read_image
@@ -67,6 +67,10 @@ class ScoreWorker:
         """Score a batch; a file or a call that fails costs the others nothing."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._score_batch, batch)
+
+    async def health(self) -> WorkerHealth:
+        """Answer at once, whatever the hook does."""
+        return WorkerHealth(rows=0, busy_s=0.0)
 
     def _start_hook(self) -> None:
         spec = self._spec

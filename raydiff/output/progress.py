@@ -4,7 +4,7 @@
 import os
 import platform
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +50,8 @@ class Progress(BaseModel):
     started_at: float | None = None
     updated_at: float | None = None
     workers: tuple[dict[str, Any], ...] = ()
+    queues: dict[str, int] = {}
+    """What waits where, by queue."""
 
 
 class ProgressFile:
@@ -78,6 +80,7 @@ class ProgressFile:
         duplicates: int,
         workers: Sequence[dict[str, Any]],
         now: float,
+        queues: Mapping[str, int] | None = None,
     ) -> Progress:
         """Return the progress at Unix time `now`, and write it if the last one is old enough.
 
@@ -101,6 +104,7 @@ class ProgressFile:
             started_at=self._started_at,
             updated_at=now,
             workers=tuple(workers),
+            queues=dict(queues or {}),
         )
         if state != "running" or now - self._written_at >= self._interval_s:
             self._written_at = now

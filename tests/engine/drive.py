@@ -9,8 +9,8 @@ from typing import Any
 
 from raydiff.bench.engine import MODEL
 from raydiff.config import RunConfig
-from raydiff.engine.cluster import Resources
 from raydiff.engine.known_models import KnownModels
+from raydiff.engine.placement import fused_layout
 from raydiff.engine.render import RunSummary, run_manifest
 from raydiff.manifest.reader import open_manifest
 
@@ -37,14 +37,13 @@ def drive(
             "output": {"commit_s": 0.2},
         }
     )
-    resources = Resources(num_workers=2, num_gpus=num_gpus)
     return run_manifest(
         open_manifest(manifest),
         config=config,
         models=KnownModels(lambda name: MODEL),
         renderer=renderer,
         arguments={"log": str(log), "row_ms": row_ms},
-        resources=resources,
+        layout=fused_layout(2, num_gpus=num_gpus),
         **callbacks,
     )
 
