@@ -32,6 +32,7 @@ from raydiff.engine.messages import (
 )
 from raydiff.engine.renderer import DenoisedBatch, Payload, RenderedBatch, Renderer
 from raydiff.errors import DiskError, EngineError, OutOfMemoryError, RaydiffError
+from raydiff.memory.gpus import gpu_usage
 from raydiff.output.writer import Writer
 from raydiff.request import RenderBatch, RenderRequest, RenderResult
 
@@ -144,7 +145,13 @@ class Worker:
 
     async def health(self) -> WorkerHealth:
         """Answer at once, whatever the render thread does."""
-        return WorkerHealth(rows=self._num_rows, busy_s=self._busy.seconds)
+        gpu = await asyncio.to_thread(gpu_usage)
+        return WorkerHealth(
+            rows=self._num_rows,
+            busy_s=self._busy.seconds,
+            vram_used_bytes=None if gpu is None else gpu.used_bytes,
+            gpu_utilization=None if gpu is None else gpu.utilization,
+        )
 
     async def _in_render_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         def timed() -> T:
