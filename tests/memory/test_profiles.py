@@ -6,7 +6,14 @@ from raydiff.config import MemoryConfig
 from raydiff.config_files import config_names
 from raydiff.errors import ConfigError
 from raydiff.memory.gpus import GpuInfo
-from raydiff.memory.profiles import GIB, PROFILES, compute_dtype, load_profile, resolve_profile
+from raydiff.memory.profiles import (
+    GIB,
+    PROFILES,
+    compute_dtype,
+    load_profile,
+    poorer_profile,
+    resolve_profile,
+)
 
 SDXL_BF16 = {
     "unet": 5_134_927_368,
@@ -59,6 +66,11 @@ def test_auto_dtype_goes_by_where_the_weights_are() -> None:
     assert compute_dtype("auto", on_cpu, gpu(16_376)) == "float32"
     assert compute_dtype("auto", MemoryConfig(), None) == "float32"
     assert compute_dtype("float16", on_cpu, None) == "float16"
+
+
+def test_poorer_profiles_end_before_the_cpu() -> None:
+    steps = [poorer_profile(name) for name in PROFILES]
+    assert steps == ["balanced", "gpu_poor", "extreme", None, None]
 
 
 def test_auto_without_a_gpu_is_cpu_only() -> None:
