@@ -30,6 +30,20 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--workers", help="Worker processes; auto is one per GPU, or one without a GPU."
         ),
         click.option(
+            "--stages",
+            type=click.Choice(["auto", "fused", "split"]),
+            help="All stages in each worker, or each on workers of its own.",
+        ),
+        click.option(
+            "--cluster", help="Which workers do which stage: a name from configs/clusters, or YAML."
+        ),
+        click.option(
+            "--address", help="Ray cluster to join: host:port, or auto on one of its nodes."
+        ),
+        click.option(
+            "--insecure", is_flag=True, default=None, help="Join a cluster that asks for no token."
+        ),
+        click.option(
             "--limit", type=click.IntRange(min=1), help="Stop after the first N manifest rows."
         ),
         click.option(
@@ -58,6 +72,10 @@ def run_config(
         "model": "model.name",
         "profile": "memory.profile",
         "workers": "engine.workers",
+        "stages": "engine.stages",
+        "cluster": "engine.cluster",
+        "address": "engine.address",
+        "insecure": "engine.insecure",
         "out": "out",
         "limit": "limit",
     }

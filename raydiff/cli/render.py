@@ -12,6 +12,7 @@ from raydiff.cli.options import run_config, run_options
 from raydiff.config import RunConfig
 
 if TYPE_CHECKING:
+    from raydiff.engine.render import RunSummary
     from raydiff.output.failed_rows import FailedRows
 
 
@@ -64,22 +65,32 @@ def run_to_its_end(
     if is_json:
         click.echo(json.dumps(asdict(summary)))
     else:
-        click.echo(_describe(asdict(summary)))
+        click.echo("\n".join(_describe(summary)))
     sys.exit(summary.exit_status)
 
 
-def _describe(summary: dict[str, Any]) -> str:
-    parts = [f"{summary['completed']} completed"]
-    parts += [f"{summary[name]} {name}" for name in ("failed", "quarantined") if summary[name]]
-    if summary["duplicates"]:
-        parts.append(f"{summary['duplicates']} duplicates shared")
-    rate = summary["ended"] / summary["elapsed_s"] if summary["elapsed_s"] else 0.0
-    lines = [
-        f"{', '.join(parts)}; {summary['ended']} in this session, {summary['elapsed_s']:.1f} s, "
-        f"{rate:.2f} rows/s. Files and metadata: {summary['out']}"
+def _describe(summary: "RunSummary") -> list[str]:
+    from raydiff.engine.summary import describe
+
+    parts = [f"{summary.completed} completed"]
+    parts += [
+        f"{number} {name}"
+        for number, name in (
+            (summary.failed, "failed"),
+            (summary.quarantined, "quarantined"),
+            (summary.duplicates, "duplicates shared"),
+        )
+        if number
     ]
-    if summary["failed"] or summary["quarantined"]:
+    rate = summary.ended / summary.elapsed_s if summary.elapsed_s else 0.0
+    lines = [
+        f"{', '.join(parts)}; {summary.ended} in this session, {summary.elapsed_s:.1f} s, "
+        f"{rate:.2f} rows/s. Files and metadata: {summary.out}"
+    ]
+    if summary.session is not None:
+        lines += describe(summary.session)
+    if summary.failed or summary.quarantined:
         lines.append("What went wrong is in the metadata's `error` column.")
-    if summary["is_interrupted"]:
+    if summary.is_interrupted:
         lines.append("Interrupted; the same command continues it.")
-    return "\n".join(lines)
+    return lines
