@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from raydiff import __version__
 from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.messages import WorkerInfo
+from raydiff.engine.metrics import Metric
 from raydiff.engine.placement import NodeInfo
 from raydiff.engine.ray_session import check_shm, check_token, environ, session_dir, write_token
 from raydiff.engine.shared_out import check_mark
@@ -102,6 +103,36 @@ class WorkerActor:
         await asyncio.Event().wait()
 
 
+class RayMetrics:
+    """Metrics that the agent of this node exports, where Ray has one: with `ray[default]`."""
+
+    def __init__(self, definitions: Sequence[Metric], run: str) -> None:
+        """`run` becomes a label of each."""
+        from ray.util import metrics
+
+        self._metrics: dict[str, Any] = {}
+        for one in definitions:
+            labels = (*one.labels, "run")
+            if one.kind == "histogram":
+                metric = metrics.Histogram(
+                    one.name, one.description, boundaries=list(one.boundaries), tag_keys=labels
+                )
+            else:
+                kind = metrics.Counter if one.kind == "counter" else metrics.Gauge
+                metric = kind(one.name, one.description, tag_keys=labels)
+            metric.set_default_tags({"run": run})
+            self._metrics[one.name] = metric
+
+    def add(self, name: str, amount: float, labels: Mapping[str, str]) -> None:
+        self._metrics[name].inc(amount, dict(labels))
+
+    def set(self, name: str, value: float, labels: Mapping[str, str]) -> None:
+        self._metrics[name].set(value, dict(labels))
+
+    def observe(self, name: str, value: float, labels: Mapping[str, str]) -> None:
+        self._metrics[name].observe(value, dict(labels))
+
+
 # -- the connection --------------------------------------------------------------------------------
 
 
@@ -152,6 +183,10 @@ class RaySession:
     def draining(self) -> set[str]:
         """Ids of the nodes that will soon be gone."""
         return {node.node_id for node in self._watched.nodes.values() if node.is_draining}
+
+    def metrics(self, definitions: Sequence[Metric], *, run: str) -> "RayMetrics | None":
+        """Return what counts for Prometheus; None before there is a Ray to export it."""
+        return None if self._ray is None else RayMetrics(definitions, run)
 
     def is_alive(self, node_id: str) -> bool:
         """Return whether a node was alive a moment ago."""
@@ -498,3 +533,21 @@ def _gcs(head: str) -> Any:
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     return GcsClient(address=head)
+
+
+# -- several nodes on one machine ------------------------------------------------------------------
+
+
+def node_starter() -> Any:
+    """Return Ray's class that starts nodes on this machine, for measurements and tests."""
+    _import_ray(is_loopback=True)
+    from ray.cluster_utils import Cluster
+
+    return Cluster
+
+
+def drain_node(head: str, node_id: str, *, deadline_s: float) -> None:
+    """Announce that a node will be gone, as a cloud does before it takes one back."""
+    deadline_ms = int((time.time() + deadline_s) * 1000)
+    preemption = 2
+    _gcs(head).drain_node(node_id, preemption, "it is taken back", deadline_ms)

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raydiff.config import RunConfig
@@ -13,6 +14,7 @@ from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
 from raydiff.engine.messages import Place, Role
+from raydiff.engine.metrics import MetricsObserver
 from raydiff.engine.observers import Observers
 from raydiff.engine.placement import cluster_layout, grown, local_layout, places
 from raydiff.engine.plan import count_images, open_rows, profile_on
@@ -196,7 +198,9 @@ class _Session:
         about = run.file.sessions[-1].model_dump(exclude={"epoch"})
         number = {role: stage.num_workers for role, stage in workplace.layout.by_role.items()}
         log = RunLog(run.storage, run.lock.epoch, session={**about, "workers": number})
-        self.observers = Observers([self.summary, log])
+        name = PurePosixPath(run.out).name
+        metrics = MetricsObserver(partial(workplace.session.metrics, run=name))
+        self.observers = Observers([self.summary, log, metrics])
         for warning in filter(None, [*ledger.warnings, run.lock.warning]):
             self.observers.warning(warning)
             if on_warning is not None:
