@@ -3,7 +3,7 @@
 No label has a value for each row; a worker's name is its place's, which its successors keep.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -25,7 +25,6 @@ from raydiff.output.progress import Progress
 from raydiff.request import RenderResult
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +58,25 @@ METRICS: tuple[Metric, ...] = (
         labels=("stage",),
         boundaries=SECONDS,
     ),
+    # Ray's agent puts the middle of its bucket in each value's place, so that a histogram's sum is
+    # rough: sums are counters of their own.
     Metric(
-        name="raydiff_batch_size",
-        kind="histogram",
-        description="Rows of a batch",
+        name="raydiff_worker_seconds_total",
+        kind="counter",
+        description="Seconds of all workers together, by stage",
+        labels=("stage",),
+    ),
+    Metric(
+        name="raydiff_batches_total",
+        kind="counter",
+        description="Batches that workers have answered, by role",
         labels=("role",),
-        boundaries=ROWS,
+    ),
+    Metric(
+        name="raydiff_batch_rows_total",
+        kind="counter",
+        description="Rows of these batches, or texts of an encode worker's",
+        labels=("role",),
     ),
     Metric(
         name="raydiff_queue_length",
@@ -144,6 +156,10 @@ class Sink(Protocol):
         """Add a value to a histogram."""
 
 
+_Series = tuple[str, tuple[tuple[str, str], ...]]
+"""A metric's name, and its labels with their values."""
+
+
 class MetricsObserver:
     """Counts, and tells a sink a few times a second."""
 
@@ -152,11 +168,11 @@ class MetricsObserver:
         worker. What was counted by then is kept."""
         self._open_sink = open_sink
         self._sink: Sink | None = None
-        self._counts: Counter[tuple[str, str, str]] = Counter()
-        """Counter, label and its value: what was added since the sink was last told."""
+        self._counts: dict[_Series, float] = defaultdict(float)
+        """What was added since the sink was last told."""
         self._values: list[tuple[str, float, dict[str, str]]] = []
         """Of histograms, likewise."""
-        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._gauges: dict[_Series, float] = {}
         self._roles: dict[str, Role] = {}
         self._failed_incarnations: dict[str, int] = {}
         self._peaks: Counter[str] = Counter()
@@ -168,15 +184,14 @@ class MetricsObserver:
             case EncodeDone(reply=encoded):
                 num_texts = len(encoded.sizes)
                 num_failed = sum(error is not None for error in encoded.errors)
+                self._batch("encode", num_texts)
+                self._stage("encode", encoded.encode_s)
+                self._add("raydiff_texts_total", encoded.num_from_disk, source="disk")
                 num_encoded = num_texts - num_failed - encoded.num_from_disk
-                self._values.append(("raydiff_stage_seconds", encoded.encode_s, _of("encode")))
-                self._counts["raydiff_texts_total", "source", "disk"] += encoded.num_from_disk
-                self._counts["raydiff_texts_total", "source", "encoded"] += num_encoded
-                self._values.append(("raydiff_batch_size", num_texts, {"role": "encode"}))
+                self._add("raydiff_texts_total", num_encoded, source="encoded")
             case DenoiseDone(worker_id=worker_id, reply=denoised):
-                self._values.append(("raydiff_stage_seconds", denoised.denoise_s, _of("denoise")))
-                num_rows = len(denoised.request_ids) + len(denoised.results)
-                self._values.append(("raydiff_batch_size", num_rows, {"role": "denoise"}))
+                self._batch("denoise", len(denoised.request_ids) + len(denoised.results))
+                self._stage("denoise", denoised.denoise_s)
                 self._peak(worker_id, denoised.peak_vram_bytes)
             case BatchDone(worker_id=worker_id, reply=reply):
                 self._batch_done(worker_id, reply.results)
@@ -186,10 +201,10 @@ class MetricsObserver:
             self._roles[decision.worker_id] = decision.role
 
     def ended(self, result: RenderResult, num_rows: int) -> None:
-        self._counts["raydiff_rows_total", "status", result.status] += num_rows
+        self._add("raydiff_rows_total", num_rows, status=result.status)
         failure = failure_class(result)
         if failure is not None:
-            self._counts["raydiff_failures_total", "failure", failure] += num_rows
+            self._add("raydiff_failures_total", num_rows, failure=failure)
 
     def health(self, worker_id: str, health: WorkerHealth, now: float) -> None:
         self._set("raydiff_busy_seconds", health.busy_s, worker=worker_id)
@@ -227,21 +242,27 @@ class MetricsObserver:
         if self._failed_incarnations.get(event.worker_id) == event.incarnation:
             return
         self._failed_incarnations[event.worker_id] = event.incarnation
-        self._counts["raydiff_restarts_total", "cause", event.cause] += 1
+        self._add("raydiff_restarts_total", 1, cause=event.cause)
         for name, labels in self._gauges:
             if labels == (("worker", event.worker_id),) and name not in KEPT:
                 self._gauges[name, labels] = 0
 
     def _batch_done(self, worker_id: str, results: Sequence[RenderResult]) -> None:
         role = self._roles.get(worker_id, "fused")
-        if results:
-            self._values.append(("raydiff_batch_size", len(results), {"role": role}))
+        self._batch(role, len(results))
         for stage in STAGES_OF_ROLE[role]:
-            seconds = sum(stage_s(result, stage) for result in results)
-            if seconds:
-                self._values.append(("raydiff_stage_seconds", seconds, _of(stage)))
+            self._stage(stage, sum(stage_s(result, stage) for result in results))
         for result in results:
             self._peak(worker_id, result.peak_vram_bytes)
+
+    def _batch(self, role: Role, num_rows: int) -> None:
+        self._add("raydiff_batches_total", 1, role=role)
+        self._add("raydiff_batch_rows_total", num_rows, role=role)
+
+    def _stage(self, stage: str, seconds: float) -> None:
+        if seconds:
+            self._add("raydiff_worker_seconds_total", seconds, stage=stage)
+            self._values.append(("raydiff_stage_seconds", seconds, {"stage": stage}))
 
     def _peak(self, worker_id: str, peak_vram_bytes: int | None) -> None:
         if peak_vram_bytes is not None and peak_vram_bytes > self._peaks[worker_id]:
@@ -259,7 +280,10 @@ class MetricsObserver:
             self._set("raydiff_workers", number, role=role, state=state)
 
     def _set(self, name: str, value: float, **labels: str) -> None:
-        self._gauges[name, tuple(sorted(labels.items()))] = value
+        self._gauges[name, tuple(labels.items())] = value
+
+    def _add(self, name: str, amount: float, **labels: str) -> None:
+        self._counts[name, tuple(labels.items())] += amount
 
     def _tell(self) -> None:
         if self._sink is None:
@@ -267,16 +291,12 @@ class MetricsObserver:
         if self._sink is None:
             del self._values[:-1000]  # a run that waits for its first worker has few of them
             return
-        for (name, label, value), amount in self._counts.items():
+        for (name, pairs), amount in self._counts.items():
             if amount:
-                self._sink.add(name, amount, {label: value})
+                self._sink.add(name, amount, dict(pairs))
         for name, observed, labels in self._values:
             self._sink.observe(name, observed, labels)
         for (name, pairs), level in self._gauges.items():
             self._sink.set(name, level, dict(pairs))
         self._counts.clear()
         self._values.clear()
-
-
-def _of(stage: str) -> dict[str, str]:
-    return {"stage": stage}

@@ -1,15 +1,25 @@
 """What Prometheus is told of a known run, and whether the dashboard asks for what there is."""
 
 import json
+import os
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
+import psutil
 import pytest
 
+from raydiff.config import validate
+from raydiff.engine.cluster import private_session
+from raydiff.engine.cluster_file import ClusterLayout
 from raydiff.engine.metrics import METRICS, Metric, MetricsObserver
 from raydiff.output.progress import Progress
 from raydiff.request import RenderBatch
@@ -52,6 +62,12 @@ def test_a_fused_session() -> None:
         ("failures_total", "not a number"): 1,
         ("failures_total", "bad row"): 1,
         ("restarts_total", "process"): 1,
+        ("batches_total", "fused"): 1,
+        ("batch_rows_total", "fused"): 3,
+        ("worker_seconds_total", "encode"): 1.0,
+        ("worker_seconds_total", "denoise"): 8.0,
+        ("worker_seconds_total", "decode"): 2.0,
+        ("worker_seconds_total", "write"): 1.0,
         ("queue_length", "rows"): 3,
         ("workers", "fused", "ready"): 1,
         ("busy_seconds", "w0"): 3.0,
@@ -62,7 +78,6 @@ def test_a_fused_session() -> None:
         ("run_rows_ended",): 6,
     }
     assert recorder.values == {
-        ("batch_size", "fused"): [3],
         ("stage_seconds", "encode"): [1.0],
         ("stage_seconds", "denoise"): [8.0],
         ("stage_seconds", "decode"): [2.0],
@@ -83,8 +98,8 @@ def test_a_split_session(make_batch: Callable[[Sequence[str]], RenderBatch]) -> 
     assert recorder.totals["texts_total", "disk"] == 1
     assert recorder.values["stage_seconds", "encode"] == [4.0]
     assert recorder.values["stage_seconds", "denoise"] == [3.0]
-    assert recorder.values["batch_size", "encode"] == [3]
-    assert recorder.values["batch_size", "denoise_decode"] == [1]
+    assert recorder.totals["batch_rows_total", "encode"] == 3
+    assert recorder.totals["batch_rows_total", "denoise_decode"] == 1
 
 
 def test_what_was_counted_before_ray_was_there_is_told_later_and_once() -> None:
@@ -107,6 +122,62 @@ def test_definitions_are_sound() -> None:
         assert bool(metric.boundaries) == (metric.kind == "histogram")
         assert list(metric.boundaries) == sorted(metric.boundaries)
         assert not {"request_id", "prompt", "row", "run"} & set(metric.labels)
+
+
+def test_ray_exports_what_is_counted_and_on_loopback_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if find_spec("opentelemetry") is None and not os.environ.get("CI"):
+        pytest.skip("ray[default] is not installed, whose agent exports metrics")
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
+    layout = validate(ClusterLayout, {"stages": {"fused": {"count": 1}}}, "layout")
+    with private_session(layout) as session:
+        observer = MetricsObserver(partial(session.metrics, run="mine"))
+        story = import_module("run_story")
+        observer.ended(story.DONE, 2)  # before there is a Ray
+        node = session.open().nodes()[0]
+        story.tell_fused(observer)
+        observer.close({})
+        port = node["MetricsExportPort"]
+        exported = poll(f"http://127.0.0.1:{port}/metrics", "ray_raydiff_run_rows_ended")
+        listening = {
+            one.laddr.ip
+            for one in psutil.net_connections()
+            if one.status == "LISTEN" and one.laddr.port == port
+        }
+    assert listening == {"127.0.0.1"}
+    kinds = dict(re.findall(r"^# TYPE ray_(raydiff_\w+) (\w+)$", exported, re.MULTILINE))
+    told = BY_NAME.keys() - {"raydiff_texts_total"}  # which a fused run does not have
+    assert kinds == {name: BY_NAME[name].kind for name in told}
+    assert value(exported, "raydiff_rows_total", run="mine", status="completed") == 6
+    assert value(exported, "raydiff_rows_total", run="mine", status="failed") == 2
+    assert value(exported, "raydiff_worker_seconds_total", run="mine", stage="denoise") == 8.0
+    assert value(exported, "raydiff_stage_seconds_count", run="mine", stage="denoise") == 1
+    assert value(exported, "raydiff_workers", run="mine", role="fused", state="ready") == 0
+
+
+def poll(url: str, awaited: str) -> str:
+    """Return what an endpoint answers as soon as it has what is awaited."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with suppress(OSError), urlopen(url, timeout=10) as answer:
+            text: str = answer.read().decode()
+            if awaited in text:
+                return text
+        time.sleep(0.2)
+    raise AssertionError(f"{url}: no {awaited}")
+
+
+def value(exported: str, name: str, **labels: str) -> float:
+    """Return the one sample of a metric that has these labels."""
+    found = [
+        line
+        for line in exported.splitlines()
+        if line.startswith(f"ray_{name}{{")
+        and all(f'{label}="{text}"' in line for label, text in labels.items())
+    ]
+    assert len(found) == 1, found
+    return float(found[0].rpartition(" ")[2])
 
 
 # -- the dashboard ---------------------------------------------------------------------------------
