@@ -40,7 +40,6 @@ class Slot:
     since: float = 0.0
     """When `state` began."""
     num_start_failures: int = 0
-    has_worked: bool = False
     is_removed: bool = False
     """The place is no more; its worker may end what it holds."""
     leaving: Literal["drained", "retired"] | None = None
@@ -102,7 +101,7 @@ class Slot:
     def ready(self, now: float) -> None:
         """Note that it has loaded its model."""
         self.state, self.since = "ready", now
-        self.num_start_failures, self.has_worked = 0, True
+        self.num_start_failures = 0
 
     def is_late_again(self, is_late: bool) -> bool:
         """Whether it is late at two looks in a row.
@@ -263,11 +262,12 @@ class Places:
             self._index()
 
     def _has_hope(self, role: Role, now: float) -> bool:
-        """Whether a worker of the role is there, comes in time, or has been there before."""
+        """Whether a worker of the role is there, comes in time, or is about to be replaced."""
         return any(
             slot.state == "ready"
             or self.is_coming(slot, now)
-            or (slot.state == "empty" and slot.has_worked and not slot.num_start_failures)
+            or (slot.leaving is not None and not slot.is_removed)
+            or (slot.state == "empty" and slot.incarnation > 0)
             for slot in self.of(role)
         )
 

@@ -1,10 +1,5 @@
-"""Every failure path of the scheduler, without Ray: events in, decisions out."""
-
-import random
-from collections import Counter
-from collections.abc import Callable
-
-import pytest
+"""The windows of workers, and what becomes of a batch whose worker dies. Events in, decisions
+out, without Ray."""
 
 from raydiff.config import EngineConfig
 from raydiff.engine.messages import (
@@ -12,39 +7,18 @@ from raydiff.engine.messages import (
     BatchReply,
     Decision,
     Dispatch,
-    EndRequest,
     FinishRun,
     Place,
     StartWorker,
     StopWorker,
     WorkerFailed,
-    WorkerInfo,
     WorkerReady,
 )
 from raydiff.engine.places import MAX_START_FAILURES
 from raydiff.engine.scheduler import MAX_CRASHES_WITHOUT_RESULT, Scheduler
 from raydiff.errors import DiskError, EngineError, ModelError
-from raydiff.request import RenderBatch, RenderRequest, RenderResult
-
-INFO = WorkerInfo(node="here", device="cpu", pid=1)
-
-
-def request(number: int, *, height: int = 64, model: str = "tiny") -> RenderRequest:
-    return RenderRequest(
-        model=model,
-        model_revision="local-0",
-        task="txt2img",
-        prompt=f"prompt {number}",
-        negative_prompt=None,
-        seed=number,
-        height=height,
-        width=64,
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        guidance_rescale=0.0,
-        sampler="ddim",
-        request_id=f"{number:032x}",
-    )
+from tests.engine import scheduling
+from tests.engine.scheduling import completed, ended, only, request
 
 
 def scheduler(
@@ -61,7 +35,7 @@ def scheduler(
 
 
 def ready(worker_id: str = "w0", incarnation: int = 1) -> WorkerReady:
-    return WorkerReady(worker_id=worker_id, incarnation=incarnation, info=INFO)
+    return scheduling.ready(worker_id, incarnation)
 
 
 def failed(worker_id: str = "w0", incarnation: int = 1, reason: str = "killed") -> WorkerFailed:
@@ -71,10 +45,7 @@ def failed(worker_id: str = "w0", incarnation: int = 1, reason: str = "killed") 
 def done(
     dispatch: Dispatch, *, max_batch_size: int = 4, disk_error: str | None = None
 ) -> BatchDone:
-    results = [
-        RenderResult(request_id=row.request_id, status="completed")
-        for row in dispatch.batch.requests
-    ]
+    results = [completed(row) for row in dispatch.batch.requests]
     reply = BatchReply(
         batch_id=dispatch.batch.batch_id,
         results=() if disk_error else tuple(results),
@@ -85,17 +56,12 @@ def done(
 
 
 def dispatches(decisions: list[Decision]) -> list[Dispatch]:
-    return [decision for decision in decisions if isinstance(decision, Dispatch)]
+    return only(Dispatch, decisions)
 
 
 def sizes(decisions: list[Decision]) -> list[tuple[str, int]]:
     sent = dispatches(decisions)
     return [(dispatch.worker_id, len(dispatch.batch.requests)) for dispatch in sent]
-
-
-def ended(decisions: list[Decision]) -> dict[str, str]:
-    ends = [decision.result for decision in decisions if isinstance(decision, EndRequest)]
-    return {result.request_id: result.status for result in ends}
 
 
 def test_a_worker_is_started_and_its_window_is_filled() -> None:
@@ -390,78 +356,3 @@ def test_a_crash_while_draining_ends_the_run() -> None:
     machine.drain()
     machine.handle(failed(), 0.0)
     assert machine.decide(0.2) == [FinishRun()]
-
-
-def simulate(
-    machine: Scheduler, rng: random.Random, dies: Callable[[RenderBatch], bool]
-) -> tuple[Counter[tuple[str, str]], Counter[str]]:
-    """Run to the end with workers that answer in a random order and die as `dies` says.
-
-    Returns how often each (request, status) ended and how often each request was rendered.
-    """
-    ends: Counter[tuple[str, str]] = Counter()
-    renders: Counter[str] = Counter()
-    starting: list[StartWorker] = []
-    queues: dict[tuple[str, int], list[Dispatch]] = {}
-    for now in range(100_000):
-        for decision in machine.decide(float(now)):
-            match decision:
-                case StartWorker():
-                    starting.append(decision)
-                case Dispatch():
-                    queues[decision.worker_id, decision.incarnation].append(decision)
-                case EndRequest():
-                    ends[decision.result.request_id, decision.result.status] += 1
-                case FinishRun():
-                    assert decision.error is None
-                    return ends, renders
-        busy = [key for key, queue in queues.items() if queue]
-        if starting and (not busy or rng.random() < 0.5):
-            start = starting.pop(rng.randrange(len(starting)))
-            queues[start.worker_id, start.incarnation] = []
-            machine.handle(ready(start.worker_id, start.incarnation), 0.0)
-        elif busy:
-            key = rng.choice(busy)
-            batch = queues[key][0].batch
-            renders.update(row.request_id for row in batch.requests)
-            if dies(batch):
-                del queues[key]
-                machine.handle(failed(*key), 0.0)
-            else:
-                machine.handle(done(queues[key].pop(0), max_batch_size=rng.randint(1, 8)), 0.0)
-    raise AssertionError("the run does not end")
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_each_row_ends_once_whatever_dies(seed: int) -> None:
-    rng = random.Random(seed)
-    num_rows = rng.randint(1, 300)
-    poison = {request(n).request_id for n in rng.sample(range(num_rows), min(2, num_rows))}
-    machine = Scheduler(
-        [Place(worker_id=f"w{index}") for index in range(rng.randint(1, 5))],
-        EngineConfig(
-            batch_size=rng.choice(["auto", 1, 4]),
-            batches_in_flight=rng.randint(1, 4),
-            max_crashes=5,
-        ),
-    )
-    for number in range(num_rows):
-        machine.offer(request(number, height=rng.choice([64, 128]), model=rng.choice("ab")))
-    machine.close_input()
-
-    unlucky: set[str] = set()
-
-    def dies(batch: RenderBatch) -> bool:
-        """Poison kills always; chance kills anything, but no row twice."""
-        rows = {row.request_id for row in batch.requests}
-        is_chance = rng.random() < 0.05 and not rows & unlucky
-        unlucky.update(rows if is_chance else ())
-        return is_chance or bool(rows & poison)
-
-    ends, renders = simulate(machine, rng, dies)
-    expected = {
-        (request(n).request_id, "quarantined" if request(n).request_id in poison else "completed")
-        for n in range(num_rows)
-    }
-    assert ends == Counter(expected)
-    assert all(count <= 7 for request_id, count in renders.items() if request_id in poison)
