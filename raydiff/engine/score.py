@@ -36,6 +36,7 @@ from raydiff.output.ledger import read_results_schema
 from raydiff.output.query import open_results
 from raydiff.output.run_file import check_is_run
 from raydiff.output.scores import NAME, FileScore, ScoreTable, score_names
+from raydiff.output.storage import open_storage
 
 MAX_BATCH_SIZE = 16
 BATCHES_PER_WORKER = 4
@@ -102,7 +103,7 @@ def score(
         files = _Files(out, table, retry_errors=retry_errors)
         layout = _layout(workers, use_gpus, files.num_waiting)
         spec = ScoreSpec(
-            out=str(Path(out).resolve()),
+            out=open_storage(out).uri,
             name=name,
             hook=hook,
             arguments=arguments,

@@ -27,6 +27,7 @@ from raydiff.output.media_files import (
 )
 from raydiff.output.rows_file import plain
 from raydiff.output.similarity import FrameComparison, Similarity
+from raydiff.output.storage import Storage
 
 PAIRS_IN_FLIGHT = 64
 
@@ -80,8 +81,8 @@ class RunDiff:
 
     def __init__(
         self,
-        left_dir: str | Path,
-        right_dir: str | Path,
+        left: str | Path | Storage,
+        right: str | Path | Storage,
         *,
         on: Sequence[str] = BY_REQUEST,
         num_threads: int = 4,
@@ -90,7 +91,7 @@ class RunDiff:
         if the columns `on` cannot match its rows."""
         self._num_threads = num_threads
         self.on = tuple(on)
-        self._left, self._right = read_side(left_dir, self.on), read_side(right_dir, self.on)
+        self._left, self._right = read_side(left, self.on), read_side(right, self.on)
         self._matches = match(self._left, self._right)
         self.counts: Counter[Outcome] = Counter()
         self.similarities: list[Similarity] = []
@@ -134,7 +135,7 @@ class RunDiff:
 
     def _compare(self, left: Row, right: Row) -> Difference:
         verdict = _judge(
-            _Image("left", self._left.out_dir, left), _Image("right", self._right.out_dir, right)
+            _Image("left", self._left.out, left), _Image("right", self._right.out, right)
         )
         return self._difference(verdict.outcome, left, right, verdict.message, verdict.similarity)
 
@@ -192,7 +193,7 @@ class _Image(NamedTuple):
     """The image or video of one run's row, by the name of its side."""
 
     side: str
-    out_dir: Path
+    out: Storage
     row: Row
 
     @property
@@ -211,21 +212,21 @@ class _Image(NamedTuple):
     def check(self) -> None:
         """Raise MediaError if the file is not there with the size that the metadata says."""
         with self.named():
-            check_media(self.out_dir, self.row)
+            check_media(self.out, self.row)
 
     def pixels(self) -> Pixels:
         """Return the image, uint8 (H, W, 3). Raises MediaError."""
-        with self.named(), open_media(self.out_dir, self.row) as file:
+        with self.named(), open_media(self.out, self.row) as file:
             return np.asarray(read_image(file))
 
     def frames(self) -> Iterator[Pixels]:
         """Yield the video's frames, uint8 (H, W, 3). Raises MediaError."""
-        with self.named(), open_media(self.out_dir, self.row) as file:
+        with self.named(), open_media(self.out, self.row) as file:
             yield from read_frames(file)
 
     def sound(self) -> str | None:
         """Return a hash of the video's sound. Raises MediaError."""
-        with self.named(), open_media(self.out_dir, self.row) as file:
+        with self.named(), open_media(self.out, self.row) as file:
             return sound_digest(file)
 
 

@@ -16,6 +16,7 @@ from raydiff.output.keys import Keys, request_keys
 from raydiff.output.ledger import read_results, read_results_schema
 from raydiff.output.media_files import MEDIA_COLUMNS
 from raydiff.output.rows_file import plain
+from raydiff.output.storage import Storage, open_storage
 
 BY_REQUEST = ("request_id",)
 COLUMNS = ("request_id", "status", "error", "sha256", *MEDIA_COLUMNS)
@@ -30,7 +31,7 @@ Places = NDArray[np.int64]
 class Side:
     """One run's rows, each key once, in the order of the manifest."""
 
-    out_dir: Path
+    out: Storage
     table: pa.Table
     keys: Keys
     num_without_key: int
@@ -51,14 +52,14 @@ class Matches(NamedTuple):
     only_right: Places
 
 
-def read_side(out_dir: str | Path, on: tuple[str, ...]) -> Side:
+def read_side(out: str | Path | Storage, on: tuple[str, ...]) -> Side:
     """Read the rows of a run and their keys: 64 bits for the values of the columns `on`.
 
-    Raises OutputError if `out_dir` is not a run, ConfigError if it lacks a column or if other
+    Raises OutputError if `out` is not a run, ConfigError if it lacks a column or if other
     columns than request_id do not tell its requests apart.
     """
-    _check_columns(out_dir, on)
-    table = read_results(out_dir, [*COLUMNS, *on])
+    _check_columns(out, on)
+    table = read_results(out, [*COLUMNS, *on])
     if on == BY_REQUEST:
         keys, places = request_keys(table["request_id"])
     else:
@@ -66,10 +67,10 @@ def read_side(out_dir: str | Path, on: tuple[str, ...]) -> Side:
     rows = table.take(pa.array(places)).combine_chunks()
     _, first = np.unique(keys, return_index=True)
     if on != BY_REQUEST and len(first) < len(keys):
-        _check_distinct(out_dir, rows, keys, on)
+        _check_distinct(out, rows, keys, on)
     first.sort()
     return Side(
-        out_dir=Path(out_dir),
+        out=open_storage(out),
         table=rows.take(pa.array(first)),
         keys=keys[first],
         num_without_key=table.num_rows - len(keys),
@@ -90,12 +91,12 @@ def match(left: Side, right: Side) -> Matches:
     )
 
 
-def _check_columns(out_dir: str | Path, on: Sequence[str]) -> None:
-    known = read_results_schema(out_dir).names
+def _check_columns(out: str | Path | Storage, on: Sequence[str]) -> None:
+    known = read_results_schema(out).names
     for name in on:
         if name not in known:
             raise ConfigError(
-                f"column {name!r} is not in {out_dir}; {nearest(name, known)}"
+                f"column {name!r} is not in {open_storage(out).uri}; {nearest(name, known)}"
                 f"known: {', '.join(known)}"
             )
 
@@ -121,7 +122,9 @@ def _canonical(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _check_distinct(out_dir: str | Path, rows: pa.Table, keys: Keys, on: Sequence[str]) -> None:
+def _check_distinct(
+    out: str | Path | Storage, rows: pa.Table, keys: Keys, on: Sequence[str]
+) -> None:
     """Raise ConfigError if rows of one key are different requests: which to compare is unclear."""
     order = np.argsort(keys, kind="stable")
     twins = np.flatnonzero(keys[order][1:] == keys[order][:-1])
@@ -130,6 +133,7 @@ def _check_distinct(out_dir: str | Path, rows: pa.Table, keys: Keys, on: Sequenc
         if requests[before].as_py() != requests[after].as_py():
             numbers = [rows["row_index"][place].as_py() for place in (before, after)]
             raise ConfigError(
-                f"columns {', '.join(on)}: rows {numbers[0]} and {numbers[1]} of {out_dir} are "
-                "different requests with the same values there. Add a column in which they differ."
+                f"columns {', '.join(on)}: rows {numbers[0]} and {numbers[1]} of "
+                f"{open_storage(out).uri} are different requests with the same values there. "
+                "Add a column in which they differ."
             )

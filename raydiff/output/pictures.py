@@ -9,6 +9,7 @@ from PIL import Image
 from raydiff.output.frames import count_frames, read_frames, read_image
 from raydiff.output.media_files import MediaError, describe_media, is_video, media_name, open_media
 from raydiff.output.sheet_grid import Row
+from raydiff.output.storage import Storage
 
 Box = tuple[int, int]
 
@@ -27,12 +28,12 @@ class Picture:
     message: str = ""
 
 
-def make_picture(out_dir: Path, row: Row, frame: Box, num_frames: int) -> Picture:
+def make_picture(out: str | Path | Storage, row: Row, frame: Box, num_frames: int) -> Picture:
     """Return the picture of a metadata row; `frame` bounds an image, or each frame of a video."""
     if row["status"] != "completed":
         return Picture(problem=row["status"], message=row["error"] or "")
     try:
-        with open_media(out_dir, row) as file:
+        with open_media(out, row) as file:
             if is_video(media_name(row)):
                 return Picture(image=_strip(file, frame, num_frames))
             return Picture(image=fitted(read_image(file, max_size=frame), frame))

@@ -17,6 +17,7 @@ from raydiff.output.lettering import Colour, Lettering, Paragraph
 from raydiff.output.media_files import VIDEO_SUFFIXES
 from raydiff.output.pictures import Box, Picture, fitted_size, make_picture, strip_size
 from raydiff.output.sheet_grid import COMPARED_COLUMNS, Cell, Row, SheetGrid, label
+from raydiff.output.storage import Storage, open_storage
 
 PAGE_SIZE = 3200
 """Pixels of a page's longer side, unless a single cell is larger."""
@@ -52,7 +53,7 @@ class Sheet:
 
     def __init__(
         self,
-        out_dir: str | Path,
+        out: str | Path | Storage,
         grid: SheetGrid,
         *,
         cell_size: int = 256,
@@ -63,7 +64,7 @@ class Sheet:
 
         Raises ConfigError if there would be more than MAX_PAGES pages.
         """
-        self._out_dir = Path(out_dir)
+        self._out = open_storage(out)
         self._grid = grid
         self._num_frames = num_frames
         self._num_threads = num_threads
@@ -171,7 +172,8 @@ class Sheet:
 
     def _heading(self, page: PageCells, number: int, width: int) -> list[Paragraph]:
         """Return title, page and what all pictures of the sheet share."""
-        title = self._out_dir.resolve().name
+        folder = self._out.local_path("")
+        title = folder.resolve().name if folder is not None else PurePath(self._out.uri).name
         if len(self._pages) > 1:
             title += f", page {number} of {len(self._pages)}"
         found = [self._title.wrap(title, width, 1)]
@@ -229,7 +231,7 @@ class Sheet:
     def _picture(self, cell: Cell | None) -> Picture:
         if cell is None:
             return Picture(problem="empty")
-        return make_picture(self._out_dir, cell.row, self._frame, self._num_frames)
+        return make_picture(self._out, cell.row, self._frame, self._num_frames)
 
     def _paint_cell(
         self,

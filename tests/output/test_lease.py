@@ -176,5 +176,7 @@ def test_a_store_that_cannot_be_asked_is_an_error_and_no_commit(s3: FaultyS3) ->
 
 
 def test_a_bucket_that_is_missing_is_named(s3: FaultyS3) -> None:
-    with pytest.raises(OutputError, match=r"s3://none/run/metadata: .*NoSuchBucket.*Make the bucket"):
+    with pytest.raises(
+        OutputError, match=r"s3://none/run/metadata: .*NoSuchBucket.*Make the bucket"
+    ):
         RunLock("s3://none/run").acquire()

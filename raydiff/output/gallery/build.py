@@ -35,6 +35,7 @@ from raydiff.output.media_files import MEDIA_COLUMNS, describe_media
 from raydiff.output.metadata_schema import REQUEST_COLUMNS
 from raydiff.output.progress import read_progress
 from raydiff.output.run_file import RunFile, read_run
+from raydiff.output.storage import open_storage
 
 GALLERY_DIR = "gallery"
 DATA_DIR = "data"
@@ -69,7 +70,7 @@ class Gallery:
 
     def __init__(self, out_dir: str | Path, folder: str | Path | None = None) -> None:
         """Raises OutputError if `out_dir` is not a run or `folder` holds something else."""
-        self._out_dir = Path(out_dir)
+        self._out_dir = _local_folder(out_dir)
         self._run = read_run(out_dir)
         self.folder = self._out_dir / GALLERY_DIR if folder is None else Path(folder)
         self._data = self.folder / DATA_DIR
@@ -179,6 +180,17 @@ class Gallery:
         self._status = status
         if status:
             _replace(self._data / STATUS_SCRIPT, call_script("receiveStatus", dumps(status)))
+
+
+def _local_folder(out: str | Path) -> Path:
+    storage = open_storage(out)
+    path = storage.local_path("")
+    if path is None:
+        raise OutputError(
+            f"{storage.uri}: a gallery is opened by a browser, which reads local files alone. Copy "
+            f"the run to a folder first, e.g. aws s3 sync {storage.uri} FOLDER"
+        )
+    return path
 
 
 def _make_folder(folder: Path) -> None:
