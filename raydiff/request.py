@@ -122,6 +122,8 @@ class RenderResult:
     worker_id: str | None = None
     node: str | None = None
     device: str | None = None
+    num_threads: int | None = None
+    """CPU threads that it was computed with: on a CPU they decide in which order sums are taken."""
     encode_s: float | None = None
     denoise_s: float | None = None
     decode_s: float | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from raydiff.config import MemoryConfig, ModelConfig
 from raydiff.engine.recorded_run import recorded_config
@@ -69,7 +70,8 @@ class Rerenderer:
         self._renders: tuple[object, ...] = ()
 
     def render(self, row: Row) -> Rerendered:
-        """Render the request of a metadata row, in a batch of the size that it was in.
+        """Render the request of a metadata row, in a batch of the size that it was in, with as
+        many CPU threads.
 
         Raises InputError where what it was made of is gone or has changed, MediaError where the
         image to compare with is gone, RowError where it cannot be rendered any more.
@@ -77,6 +79,8 @@ class Rerenderer:
         request = _request(row)
         renderer = self._load(row)
         asked = replace(request, model=self._name(row))
+        if row["num_threads"] is not None:
+            torch.set_num_threads(row["num_threads"])
         batch = renderer.render([asked] * (row["batch_size"] or 1))
         if batch.errors is not None and batch.errors[0] is not None:
             raise RowError(f"row {row['row_index']}: {batch.errors[0]}")

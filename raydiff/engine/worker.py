@@ -84,6 +84,8 @@ class Worker:
         self._spec = spec
         self._node = platform.node()
         self._device = ""
+        num_threads = spec.environ.get("OMP_NUM_THREADS")
+        self._num_threads = None if num_threads is None else int(num_threads)
         self._limits: dict[_BatchKey, int] = {}
         self._too_large: set[_BatchKey] = set()
         self._sink: Sink = _open_sink(spec)
@@ -393,6 +395,7 @@ class Worker:
             worker_id=self._worker_id,
             node=self._node,
             device=self._device,
+            num_threads=self._num_threads,
             encode_s=rendered.encode_s,
             denoise_s=rendered.denoise_s,
             decode_s=rendered.decode_s,

@@ -49,6 +49,7 @@ COST_COLUMNS = {
     "worker_id": pa.string(),
     "node": pa.string(),
     "device": pa.string(),
+    "num_threads": pa.int32(),
     "encode_s": pa.float64(),
     "denoise_s": pa.float64(),
     "decode_s": pa.float64(),
@@ -74,8 +75,8 @@ REPEATING_COLUMNS = (
     *("status", "error", "model", "task", "prompt", "negative_prompt", "height", "width"),
     *("num_inference_steps", "guidance_scale", "guidance_rescale", "sampler", "strength"),
     *("init_image", "init_image_sha256", "model_revision", "profile", "dtype", "batch_size"),
-    *("worker_id", "node", "device", "encode_s", "denoise_s", "decode_s", "peak_vram_bytes"),
-    *("raydiff_version", "warning"),
+    *("worker_id", "node", "device", "num_threads", "encode_s", "denoise_s", "decode_s"),
+    *("peak_vram_bytes", "raydiff_version", "warning"),
 )
 """Columns whose values repeat from row to row: dictionary-encoded in the file."""
 

@@ -18,7 +18,8 @@ from raydiff.output.storage import open_storage
 
 COLUMNS = (
     *("row_index", "image_index", "request_id", "status", "error", "sha256", *MEDIA_COLUMNS),
-    *(*REQUEST_COLUMNS, "profile", "dtype", "batch_size", "device", "raydiff_version"),
+    *(*REQUEST_COLUMNS, "profile", "dtype", "batch_size", "device", "num_threads"),
+    "raydiff_version",
 )
 """What it takes to make a row's image again."""
 ORDER = ("model", "profile", "dtype", "batch_size", "request_id")
