@@ -34,6 +34,7 @@ from raydiff.output.ledger import Ledger
 from raydiff.output.progress import Progress, ProgressFile
 from raydiff.output.run_file import Run, start_run
 from raydiff.output.shards import ShardPublisher
+from raydiff.output.storage import open_storage
 
 RENDERER = "raydiff.engine.renderers:PipelineRenderer"
 MAX_WRITE_THREADS = 4
@@ -95,11 +96,13 @@ def render(
     models = known_models(config.model)
     # Where rows name no model it is this one: a worker can load it before its first batch.
     preload = None if "model" in opened.schema.names else models(config.model.name)
+    keeps_embeds = config.engine.embeds_on_disk and config.out is not None
     arguments = {
         "model": config.model,
         "memory": config.memory,
         "preload": preload,
-        "embeds_in": config.out if config.engine.embeds_on_disk else None,
+        # Absolute: a worker's folder is another one than this process's.
+        "embeds_in": open_storage(config.out or "").uri if keeps_embeds else None,
     }
     return run_manifest(
         opened,
