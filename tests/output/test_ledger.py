@@ -31,7 +31,8 @@ CONTRACT_TEXT = (
     "task prompt negative_prompt seed height width num_inference_steps guidance_scale "
     "guidance_rescale sampler "
     "strength init_image init_image_sha256 model_revision profile dtype batch_size worker_id node "
-    "device encode_s denoise_s decode_s write_s peak_vram_bytes raydiff_version finished_at warning"
+    "device num_threads encode_s denoise_s decode_s write_s peak_vram_bytes raydiff_version "
+    "finished_at warning"
 )
 CONTRACT = CONTRACT_TEXT.split()
 
@@ -140,12 +141,12 @@ def test_hard_texts_come_back(open_ledger, make):
 
 
 def test_a_run_from_before_there_were_shards_goes_on(open_ledger, make):
-    """Its metadata lacks the columns of a shard's members: they read as null."""
+    """Its metadata lacks the columns that came with them: they read as null."""
     run, ledger = open_ledger()
     add_rows(ledger, make, range(30))
     run.close()
     (part,) = part_paths(run.out_dir)
-    old = pq.read_table(part).drop_columns(["member", "offset"])
+    old = pq.read_table(part).drop_columns(["member", "offset", "num_threads"])
     pq.write_table(old, part)
     run, resumed = open_ledger()
     known = resumed.find(make.request(7).request_id)
