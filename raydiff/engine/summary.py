@@ -131,7 +131,9 @@ class SummaryObserver:
         return SessionSummary(
             stage_s={stage: round(self._stage_s[stage], 3) for stage in STAGES},
             slowest_stage=self._slowest_stage(ready_s),
-            busy_share={role: self._busy_share(role, ready_s) for role in sorted(ready_s)},
+            busy_share={
+                role: self._busy_share(role, ready_s) for role in STAGES_OF_ROLE if role in ready_s
+            },
             gpu_busy_share=round(samples.sum / samples.count, 3) if samples.count else None,
             failures=dict(self._failures),
             restarts=dict(self._restarts),
