@@ -18,6 +18,7 @@ def bench() -> None:
 
     \b
     raydiff bench engine
+    raydiff bench chaos
     raydiff bench model sdxl
     """
 
@@ -92,6 +93,50 @@ def bench_ledger(rows: int, is_json: bool) -> None:
     sys.exit(0 if report.is_good else 1)
 
 
+@bench.command("chaos")
+@click.option("--rows", default=4000, show_default=True)
+@click.option("--nodes", default=3, show_default=True)
+@click.option("--workers", default=6, show_default=True)
+@click.option("--row-ms", default=50.0, show_default=True, help="Time that a row takes.")
+@click.option("--runs", default=3, show_default=True)
+@click.option("--split", is_flag=True, help="Encode, denoise and decode on workers of their own.")
+@click.option("--json", "is_json", is_flag=True, help="Print one JSON object per run.")
+def bench_chaos(
+    rows: int, nodes: int, workers: int, row_ms: float, runs: int, split: bool, is_json: bool
+) -> None:
+    """Run rows on a Ray cluster of several nodes on this machine, and kill all the time.
+
+    A random worker dies each second, then a node, then the driver, which is started again; 5 rows
+    are bad, and 2 kill their worker. Exit status 1 where a row is lost or done twice, or more than
+    15 % are rendered twice.
+
+    \b
+    raydiff bench chaos
+    raydiff bench chaos --rows 800 --runs 1 --split
+    """
+    from raydiff.bench.chaos import ChaosJob, run_chaos
+
+    job = ChaosJob(
+        num_rows=rows, num_nodes=nodes, num_workers=workers, row_ms=row_ms, is_split=split
+    )
+    is_good = True
+    for report in run_chaos(job, runs, on_step=lambda step: click.echo(f"{step} ...", err=True)):
+        is_good = is_good and report.is_good
+        if is_json:
+            values = {"extra": report.extra, "is_good": report.is_good}
+            click.echo(json.dumps(asdict(report) | values))
+            continue
+        click.echo(
+            f"{'good' if report.is_good else 'NOT good'}: {report.completed:,} completed, "
+            f"{report.failed} failed, {report.quarantined} quarantined of {report.num_rows:,}; "
+            f"{report.num_missing} missing, {report.num_twice} twice; {report.num_killed} workers "
+            f"killed, {report.extra:.1%} rendered again; {report.elapsed_s:.0f} s"
+        )
+        for problem in report.problems:
+            click.echo(f"  {problem}")
+    sys.exit(0 if is_good else 1)
+
+
 @bench.command("model")
 @click.argument("family", type=click.Choice(["sd21", "sdxl"]))
 @click.option("--mode", "modes", multiple=True, type=click.Choice(["eager", "compiled"]))
@@ -156,4 +201,113 @@ def bench_model(
             f"{result.images_per_s:6.3f} images/s  {stages}  "
             f"{result.unet_tflop_per_s:.0f} TFLOP/s  peak {result.peak_vram_bytes / GIB:.1f} GiB  "
             f"first batch {result.warm_up_s:.0f} s"
+        )
+
+
+@bench.command("scaling")
+@click.option("--model", help="Checkpoint; the default is SDXL with random weights, made first.")
+@click.option(
+    "--workers", default="1,2", show_default=True, help="Numbers of workers, one run for each."
+)
+@click.option("--images-per-worker", default=80, show_default=True)
+@click.option("--batch-size", default=8, show_default=True)
+@click.option("--steps", default=30, show_default=True)
+@click.option("--profile", default="auto", show_default=True, help="Memory profile.")
+@click.option("--out", type=click.Path(), help="New folder; the default is a temporary one.")
+@click.option("--json", "is_json", is_flag=True, help="Print one JSON object per line.")
+def bench_scaling(
+    model: str | None,
+    workers: str,
+    images_per_worker: int,
+    batch_size: int,
+    steps: int,
+    profile: str,
+    out: str | None,
+    is_json: bool,
+) -> None:
+    """Render the same model on one GPU, then on two, through the whole engine: images/s of each.
+
+    \b
+    raydiff bench scaling
+    raydiff bench scaling --workers 1,2,4,8
+    """
+    from pathlib import Path
+
+    from raydiff.bench.scaling import bench_scaling as run
+    from raydiff.bench.scaling import write_random_checkpoint
+
+    counts = [int(count) for count in workers.split(",")]
+    with tempfile.TemporaryDirectory(prefix="raydiff-bench-") as name:
+        folder = Path(out or name)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = model or str(write_random_checkpoint("sdxl", folder / "sdxl"))
+        for report in run(
+            checkpoint,
+            folder,
+            counts,
+            images_per_worker=images_per_worker,
+            batch_size=batch_size,
+            num_inference_steps=steps,
+            profile=profile,
+        ):
+            if is_json:
+                click.echo(json.dumps(asdict(report)))
+                continue
+            click.echo(
+                f"{report.num_workers} workers: {report.images_per_s:.3f} images/s, "
+                f"{report.speedup:.3f} times one worker's ({report.num_images} images, "
+                f"{report.elapsed_s:.0f} s in all)"
+            )
+
+
+@bench.command("mini")
+@click.argument("models", nargs=-1)
+@click.option("--captions", default=400, show_default=True, help="Held-out captions to render.")
+@click.option("--guidance-scale", type=float, help="The default is the model's own.")
+@click.option("--steps", type=int, help="Likewise.")
+@click.option("--sampler", help="Likewise.")
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--sheet", type=click.Path(), help="Image file to show the pictures in.")
+@click.option("--json", "is_json", is_flag=True, help="Print one JSON object per line.")
+def bench_mini(
+    models: tuple[str, ...],
+    captions: int,
+    guidance_scale: float | None,
+    steps: int | None,
+    sampler: str | None,
+    batch_size: int,
+    sheet: str | None,
+    is_json: bool,
+) -> None:
+    """Render captions that no training has seen with the miniatures, and look at the pictures.
+
+    Each share is of the captions for which all objects are right.
+
+    \b
+    raydiff bench mini
+    raydiff bench mini mini-sdxl --guidance-scale 1 --sheet pictures.png
+    """
+    from raydiff.bench.mini import bench_mini as run
+
+    for model in models or ("mini-sd21", "mini-sdxl"):
+        report = run(
+            model,
+            num_captions=captions,
+            guidance_scale=guidance_scale,
+            num_inference_steps=steps,
+            sampler=sampler,
+            batch_size=batch_size,
+            sheet=sheet,
+        )
+        if is_json:
+            click.echo(json.dumps(asdict(report)))
+            continue
+        shares = ", ".join(
+            f"{name} {getattr(report, name):.1%}"
+            for name in ("color", "shape", "count", "position", "background")
+        )
+        click.echo(
+            f"{model}: {shares} ({report.num_captions} captions, {report.num_inference_steps} "
+            f"steps of {report.sampler}, guidance {report.guidance_scale:g}); "
+            f"{report.seconds_per_image:.2f} s per image"
         )

@@ -493,15 +493,17 @@ def _head(address: str) -> str:
             f"engine.address: {address}: Ray's client mode is not supported. Run raydiff on a node "
             "of the cluster (`ray job submit`), with --address auto."
         )
+    head: str | None = address
     try:
-        head = services.canonicalize_bootstrap_address_or_die(address)
+        if address == "auto":
+            head = services.get_ray_address_from_environment("auto", None)
     except ConnectionError as error:
         raise ConfigError(
             f"engine.address: {address}: no cluster is found from here: {error}. Run raydiff on "
             "one of its nodes, or give host:port of its head."
         ) from None
-    host, _, port = head.rpartition(":")
-    if not port.isdigit():
+    host, _, port = str(head).rpartition(":")
+    if not host or not port.isdigit():
         raise ConfigError(f"engine.address: {address}: expected host:port, e.g. 10.0.0.1:6379")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydiff.bench.engine import MODEL
+from raydiff.bench.null_model import MODEL
 from raydiff.engine.render import RunSummary
 from raydiff.request import RenderBatch, RenderRequest, with_request_id
 

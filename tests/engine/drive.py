@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from raydiff.bench.engine import MODEL
+from raydiff.bench.null_model import MODEL
 from raydiff.config import RunConfig
 from raydiff.engine.known_models import KnownModels
 from raydiff.engine.placement import fused_layout
@@ -18,9 +18,9 @@ RENDERER = "faulty_renderer:FaultyRenderer"
 
 
 def drive(
-    manifest: Path,
-    out: Path,
-    log: Path,
+    manifest: Path | str,
+    out: Path | str,
+    log: Path | str,
     *,
     row_ms: float = 1,
     num_gpus: int = 0,
@@ -50,5 +50,5 @@ def drive(
 
 if __name__ == "__main__":
     manifest, out, log, row_ms = sys.argv[1:]
-    summary = drive(Path(manifest), Path(out), Path(log), row_ms=float(row_ms))
+    summary = drive(manifest, out, log, row_ms=float(row_ms))
     sys.exit(summary.exit_status)
