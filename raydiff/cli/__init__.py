@@ -20,6 +20,7 @@ COMMANDS = {
     "sheet": ("raydiff.cli.sheet", "Make labelled contact sheets of a run."),
     "query": ("raydiff.cli.query", "Ask a run's metadata in SQL."),
     "gallery": ("raydiff.cli.gallery", "Write a page to look through a run's results."),
+    "export": ("raydiff.cli.export", "Write a run as a dataset: WebDataset, ImageFolder, Parquet."),
     "diff": ("raydiff.cli.diff", "Compare two runs: max abs, PSNR, SSIM per request."),
     "score": ("raydiff.cli.score", "Score a run's images with a function of your own."),
     "models": ("raydiff.cli.models", "Inspect, download or make checkpoints."),

@@ -115,7 +115,7 @@ def _read_member(storage: Storage, name: str, row: Row) -> bytes:
     """Return a member's bytes, once the header before them names it."""
     start, num_bytes = row["offset"] - BLOCK_BYTES, BLOCK_BYTES + row["size_bytes"]
     data = storage.read_range(name, start, num_bytes)
-    _check_member(data, row)
+    _check_member(data[:BLOCK_BYTES], row)
     if len(data) < num_bytes:
         found = max(len(data) - BLOCK_BYTES, 0)
         raise MediaError(f"it has {found:,} bytes; the metadata says {row['size_bytes']:,}")

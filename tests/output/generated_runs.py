@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 from raydiff.config import OutputConfig, RunConfig
 from raydiff.output.ledger import Ledger
 from raydiff.output.run_file import start_run
+from raydiff.output.shards import ShardPublisher, ShardWriter
 from raydiff.output.writer import Writer
 from raydiff.request import ManifestRow, RenderRequest, RenderResult, with_request_id
 
@@ -43,62 +45,66 @@ def write_run(
     *,
     columns: pa.Schema = NO_COLUMNS,
     commit_every: int = 1000,
+    format_: Literal["files", "webdataset"] = "files",
 ) -> Path:
     """Write a run of `rows`: request fields over DEFAULTS, values of `columns`, and
 
     `pixels` (the image; random by the seed if left out), `error` (the row failed), `bad` (it
     made no request).
     """
-    config = OutputConfig()
+    config = OutputConfig(format=format_, shard_rows=8)
     with start_run(
         folder,
-        config=RunConfig(),
+        config=RunConfig(output=config),
         manifest_uri="prompts.parquet",
         manifest_fingerprint="ab" * 16,
         num_rows=len(rows),
         models={"sdxl": "0f1e2d"},
     ) as run:
-        writer = Writer(folder, config)
+        writer = Writer(folder, config) if format_ == "files" else ShardWriter(folder, config)
+        publisher = ShardPublisher(folder, config)
         ledger = Ledger(folder, extra_schema=columns, config=config, lock=run.lock)
+        waiting: dict[str, list[ManifestRow]] = {}
+
+        def end(results: Sequence[RenderResult]) -> None:
+            for result in publisher.publish(results):
+                for one in waiting.pop(result.request_id):
+                    ledger.add(one, result)
+
         for index, row in enumerate(rows):
-            ledger.add(*_ended(row, index, writer, columns))
+            manifest_row = _manifest_row(row, index, columns)
+            request = manifest_row.request
+            request_id = request.request_id if request else ""
+            waiting.setdefault(request_id, []).append(manifest_row)
+            result = RenderResult(
+                request_id=request_id, status="completed", finished_at=time.time()
+            )
+            message = row.get("bad") or row.get("error")
+            if message or request is None:
+                end([replace(result, status="failed", error=message)])
+            else:
+                pixels = row.get("pixels")
+                if pixels is None:
+                    pixels = random_pixels(request.seed, request.height, request.width)
+                end(writer.write(request, pixels, result))
             if index % commit_every == commit_every - 1:
                 ledger.commit()
+        end(writer.flush())
         ledger.commit()
     return folder
 
 
-def _ended(
-    row: dict[str, Any], index: int, writer: Writer, columns: pa.Schema
-) -> tuple[ManifestRow, RenderResult]:
+def _manifest_row(row: dict[str, Any], index: int, columns: pa.Schema) -> ManifestRow:
     extra = pa.RecordBatch.from_pylist([{name: row.get(name) for name in columns.names}], columns)
-    known = {name: value for name, value in row.items() if name in DEFAULTS}
+    known = {one.name: row[one.name] for one in fields(RenderRequest) if one.name in row}
     request = with_request_id(RenderRequest(**{**DEFAULTS, **known}))
-    message = row.get("bad") or row.get("error")
-    if message:
-        request_id = "" if "bad" in row else request.request_id
-        result = RenderResult(request_id=request_id, status="failed", error=message)
-    else:
-        pixels = row.get("pixels")
-        if pixels is None:
-            pixels = random_pixels(request.seed, request.height, request.width)
-        file = writer.save(request, pixels)
-        result = RenderResult(
-            request_id=request.request_id,
-            status="completed",
-            file_name=file.file_name,
-            sha256=file.sha256,
-            size_bytes=file.size_bytes,
-            finished_at=time.time(),
-        )
-    manifest_row = ManifestRow(
+    return ManifestRow(
         row_index=index,
         image_index=0,
         request=None if "bad" in row else request,
         error=row.get("bad"),
         extra=extra if len(columns) else None,
     )
-    return manifest_row, result
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray], *, tone_hz: float | None = None) -> None:
