@@ -123,7 +123,7 @@ class Driver:
             except RaydiffError as raised:
                 error = raised
         try:
-            self._ledger.commit()
+            self._commit_rest()
             if self._publisher is not None and error is None and not self.is_interrupted:
                 self._publisher.finish()
         except EngineError as raised:
@@ -175,6 +175,20 @@ class Driver:
             self._outage.failed(error, time.monotonic())
         else:
             self._outage.succeeded(now)
+
+    def _commit_rest(self) -> None:
+        """Commit what has ended since the last commit, waiting out an outage. Raises DiskError."""
+        while True:
+            try:
+                self._ledger.commit()
+                self._outage.succeeded(time.monotonic())
+                return
+            except DiskError as error:
+                if self._signals.count > 1:
+                    raise
+                self._outage.failed(error, time.monotonic())
+            while not self._outage.may_try(time.monotonic()):
+                time.sleep(POLL_S)
 
     def _publish(self, event: Event) -> Event:
         """Give the shards that a reply tells of their names. Raises DiskError."""

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from raydiff import __version__
 from raydiff.config import RunConfig
 from raydiff.errors import OutputError
+from raydiff.object_storage import Patience
 from raydiff.output.atomic import disk_error
 from raydiff.output.lock import LOCK_FILE, RunLock
 from raydiff.output.storage import Storage, open_storage, read_error
@@ -28,6 +29,10 @@ MODEL_KEYS = ("name", "revision", "variant", "dtype", "vae_dtype")
 OUTPUT_KEYS = ("image", "quality", "strip_metadata")
 """What decides what is in the files; the rest of the model and output sections is how they are
 made, and may change when a run is resumed."""
+
+
+DRIVER_PATIENCE = Patience(first_s=15.0, total_s=15.0)
+"""A driver waits out longer outages of its object store itself, watching its workers meanwhile."""
 
 
 class _Record(BaseModel):
@@ -127,7 +132,7 @@ def start_run(
     `models` gives the revision of each model known by now. Raises OutputError if the folder
     cannot be used: not writable, another driver's, not a run, or a run of something else.
     """
-    storage = open_storage(out)
+    storage = open_storage(out, patience=DRIVER_PATIENCE)
     _make_folder(storage)
     lock = RunLock(storage).acquire()
     try:

@@ -10,7 +10,7 @@ from typing import Protocol, Self, TypeVar
 import pyarrow as pa
 
 from raydiff.errors import OutputError
-from raydiff.object_storage import ObjectStorage, StorageError, StoredFile, is_uri
+from raydiff.object_storage import ObjectStorage, Patience, StorageError, StoredFile, is_uri
 from raydiff.output.atomic import replace_file, sync_folder
 
 T = TypeVar("T")
@@ -172,7 +172,9 @@ class LocalStorage:
             return write(path)
 
 
-def open_storage(place: str | Path | Storage, *, has_answered: bool = False) -> Storage:
+def open_storage(
+    place: str | Path | Storage, *, patience: Patience | None = None, has_answered: bool = False
+) -> Storage:
     """Open a local path or the URI of an object store; an opened one is returned as it is.
 
     Makes no request. `has_answered` says that a store is known to work, so that an outage is
@@ -181,7 +183,7 @@ def open_storage(place: str | Path | Storage, *, has_answered: bool = False) -> 
     if not isinstance(place, str | Path):
         return place
     if is_uri(place):
-        return ObjectStorage(str(place), has_answered=has_answered)
+        return ObjectStorage(str(place), patience=patience, has_answered=has_answered)
     return LocalStorage(place)
 
 
