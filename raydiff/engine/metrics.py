@@ -20,7 +20,7 @@ from raydiff.engine.messages import (
     WorkerFailed,
     WorkerHealth,
 )
-from raydiff.engine.stage_times import STAGES_OF_ROLE, stage_s
+from raydiff.engine.stage_times import STAGES, STAGES_OF_ROLE, stage_shares
 from raydiff.output.progress import Progress
 from raydiff.request import RenderResult
 
@@ -250,8 +250,10 @@ class MetricsObserver:
     def _batch_done(self, worker_id: str, results: Sequence[RenderResult]) -> None:
         role = self._roles.get(worker_id, "fused")
         self._batch(role, len(results))
-        for stage in STAGES_OF_ROLE[role]:
-            self._stage(stage, sum(stage_s(result, stage) for result in results))
+        shares = zip(*map(stage_shares, results), strict=True)
+        for stage, seconds in zip(STAGES, shares, strict=False):
+            if stage in STAGES_OF_ROLE[role]:
+                self._stage(stage, sum(seconds))
         for result in results:
             self._peak(worker_id, result.peak_vram_bytes)
 

@@ -13,13 +13,15 @@ STAGES_OF_ROLE: dict[Role, tuple[str, ...]] = {
 }
 
 
-def stage_s(result: RenderResult, stage: str) -> float:
-    """Return a row's share of its batch's seconds in a stage: the shares of all rows make the sum.
+def stage_shares(result: RenderResult) -> tuple[float, float, float, float]:
+    """Return a row's share of its batch's seconds in each of STAGES, 0 where it never came to.
 
-    0 where the row did not come so far.
+    The shares of a batch's rows make the batch's seconds.
     """
-    seconds: float | None = getattr(result, f"{stage}_s")
-    if seconds is None:
-        return 0.0
-    # A file is written for each row; what is before it is done for the batch as a whole.
-    return seconds if stage == "write" else seconds / (result.batch_size or 1)
+    size = result.batch_size or 1
+    return (
+        (result.encode_s or 0.0) / size,
+        (result.denoise_s or 0.0) / size,
+        (result.decode_s or 0.0) / size,
+        result.write_s or 0.0,  # each row has a file; what is before that is the whole batch's
+    )

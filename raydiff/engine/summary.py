@@ -18,7 +18,7 @@ from raydiff.engine.messages import (
     WorkerReady,
     texts_of,
 )
-from raydiff.engine.stage_times import STAGES, STAGES_OF_ROLE, stage_s
+from raydiff.engine.stage_times import STAGES, STAGES_OF_ROLE, stage_shares
 from raydiff.output.progress import Progress
 from raydiff.request import RenderResult
 
@@ -99,8 +99,8 @@ class SummaryObserver:
                 self._texts["asked"] += sum(asked)
 
     def ended(self, result: RenderResult, num_rows: int) -> None:
-        for stage in STAGES:
-            self._stage_s[stage] += stage_s(result, stage)
+        for stage, seconds in zip(STAGES, stage_shares(result), strict=True):
+            self._stage_s[stage] += seconds
         failure = failure_class(result)
         if failure is not None:
             self._failures[failure] += num_rows
