@@ -187,6 +187,9 @@ class Worker:
             requests = passes.popleft()
             limit = attempt(self._limit, key, batch.requests[0])
             if isinstance(limit, Failure):
+                if limit.is_out_of_memory and self._step_down(key, warnings):
+                    passes.appendleft(requests)
+                    continue
                 yield from (((request,), limit) for request in requests)
                 continue
             if len(requests) > limit:
