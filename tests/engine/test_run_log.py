@@ -1,6 +1,7 @@
 """The log of a session: what it holds, what it leaves out, and where it lies."""
 
 import json
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,17 @@ from raydiff.engine.messages import FinishRun, StopWorker, WorkerFailed, WorkerL
 from raydiff.engine.run_log import RunLog
 from raydiff.errors import EngineError
 from raydiff.output.progress import Progress
-from raydiff.output.storage import LocalStorage, open_storage
+from raydiff.output.storage import open_storage
 from raydiff.request import RenderResult
-
-
-class RemoteFolder(LocalStorage):
-    """A local folder that is written as an object store is: whole files only."""
-
-    def local_path(self, name: str) -> Path | None:
-        return None
+from tests.s3_server import FaultyS3
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return parse(path.read_bytes())
+
+
+def parse(content: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def test_a_session_from_its_first_line_to_its_last(tmp_path: Path) -> None:
@@ -96,38 +95,58 @@ def test_a_folder_that_cannot_be_written_costs_the_log_alone(tmp_path: Path) -> 
     assert (tmp_path / "log").read_text() == "in the way"
 
 
-def test_in_an_object_store_it_is_written_whole_now_and_then(tmp_path: Path) -> None:
+def test_in_an_object_store_it_is_written_whole_now_and_then(s3: FaultyS3) -> None:
+    storage = open_storage(s3.new_uri())
     now = [1000.0]
-    log = RunLog(RemoteFolder(tmp_path), 2, session={}, clock=lambda: now[0])
-    path = tmp_path / "log" / "2.jsonl"
-    for _ in range(3):
-        log.progress(progress(), {})
-    log._lines._wait()  # type: ignore[union-attr]
-    assert [line["event"] for line in read(path)] == ["session_started", "progress"]
+    log = RunLog(storage, 2, session={}, clock=lambda: now[0])
+
+    def events() -> list[str]:
+        return [line["event"] for line in parse(storage.read("log/2.jsonl"))]
+
+    log.progress(progress(), {})
+    until = time.monotonic() + 60
+    while storage.size("log/2.jsonl") is None:  # it is written beside the run's loop
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert events() == ["session_started", "progress"]
     log.warning("later")
     log.progress(progress(), {})
-    assert len(read(path)) == 2  # not so soon again
+    assert len(events()) == 2  # not so soon again
     now[0] += run_log.PUT_S
     log.progress(progress(), {})
     log.close({"completed": 1})
-    events = [line["event"] for line in read(path)]
-    assert events == ["session_started", "progress", "warning", "session_ended"]
+    assert events() == ["session_started", "progress", "warning", "session_ended"]
 
 
 def test_a_long_log_in_an_object_store_goes_on_in_another_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_log, "MAX_FILE_BYTES", 1000)
-    log = RunLog(RemoteFolder(tmp_path), 2, session={})
+    storage = open_storage(s3.new_uri())
+    log = RunLog(storage, 2, session={})
     for number in range(30):
         log.warning(f"number {number}")
     log.close({})
-    files = sorted((tmp_path / "log").iterdir(), key=lambda path: (len(path.name), path.name))
-    assert [path.name for path in files][:2] == ["2.jsonl", "2-2.jsonl"]
-    assert all(path.stat().st_size <= 1000 for path in files)
-    lines = [line for path in files for line in read(path)]
+    files = sorted(storage.list_names("log"), key=lambda name: (len(name), name))
+    assert files[:2] == ["2.jsonl", "2-2.jsonl"]
+    contents = [storage.read(f"log/{name}") for name in files]
+    assert all(len(content) <= 1000 for content in contents)
+    lines = [line for content in contents for line in parse(content)]
     warnings = [line["message"] for line in lines if line["event"] == "warning"]
     assert warnings == [f"number {number}" for number in range(30)]
+
+
+def test_a_store_that_is_away_does_not_hold_the_run_up(
+    s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_log, "CLOSE_S", 0.5)
+    storage = open_storage(s3.new_uri())
+    s3.outage_until = time.monotonic() + 10
+    began = time.monotonic()
+    log = RunLog(storage, 1, session={})
+    log.progress(progress(), {})
+    log.close({})
+    assert time.monotonic() - began < 5
 
 
 def progress() -> Progress:
