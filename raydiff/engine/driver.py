@@ -12,6 +12,7 @@ from typing import Any, Self
 from raydiff.engine.messages import (
     BatchDone,
     DenoiseDone,
+    EncodeDone,
     EndRequest,
     Event,
     FinishRun,
@@ -293,7 +294,7 @@ class Driver:
                 self._workers[event.worker_id] = event.info
             case WorkerLeaving():
                 self._warn(event.reason)
-            case BatchDone() | DenoiseDone():
+            case BatchDone() | DenoiseDone() | EncodeDone():
                 for warning in event.reply.warnings:
                     self._warn(f"worker {event.worker_id}: {warning}")
             case WorkerFailed():

@@ -224,7 +224,7 @@ class Worker:
         if not isinstance(warning, str):
             self._too_large.add(key)
             return False
-        warnings.append(f"worker {self._worker_id}: {warning}")
+        warnings.append(warning)
         return True
 
     # -- stages in the render thread ---------------------------------------------------------------
@@ -244,7 +244,7 @@ class Worker:
                 self._num_rows += len(texts)
                 num_from_disk += outcome.num_from_disk
                 if outcome.warning is not None:
-                    warnings.append(f"worker {self._worker_id}: {outcome.warning}")
+                    warnings.append(outcome.warning)
                 embeds += outcome.embeds
                 errors += [None] * len(texts)
             elif outcome.is_out_of_memory and self._step_down(key, warnings):

@@ -301,7 +301,7 @@ def test_a_single_row_that_does_not_fit_steps_the_profile_down(
     batches = [make_batch(["a", "heavy", "c"]), make_batch(["d", "e"], 2)]
     first, second = run(spec(out), batches)
     assert all(result.status == "completed" for result in first.results)
-    assert first.warnings == ("worker w7: profile balanced", "worker w7: profile gpu_poor")
+    assert first.warnings == ("profile balanced", "profile gpu_poor")
     assert second.warnings == ()
     assert {result.profile for result in second.results} == {"gpu_poor"}
     assert second.max_batch_size == 8
