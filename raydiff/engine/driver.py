@@ -119,7 +119,7 @@ class Driver:
         with self._signals:
             try:
                 if self._publisher is not None:
-                    self._published = self._publisher.adopt(self._is_known)
+                    self._published = self._publisher.adopt(self._ledger.knows)
                 error = self._loop()
             except RaydiffError as raised:
                 error = raised
@@ -272,9 +272,6 @@ class Driver:
         self._observers.ended(result, len(rows))
         for row in rows:
             self._ledger.add(row, result)
-
-    def _is_known(self, request_id: str) -> bool:
-        return self._ledger.find(request_id) is not None
 
     # -- workers -------------------------------------------------------------------------------
 

@@ -224,6 +224,7 @@ class _Session:
         is_one_each = total is not None and config.defaults.num_images == 1
         start_row = ledger.num_leading_rows() if is_one_each else 0
         has_shards = config.output.format == "webdataset"
+        publisher = ShardPublisher(run.storage, config.output, fence=run.lock.check)
         path = run.storage.local_path("")
         is_shared = path is not None and not workplace.session.is_private
         pool = WorkerPool(
@@ -251,7 +252,7 @@ class _Session:
             pool=pool,
             progress_file=ProgressFile(run.storage, epoch=run.lock.epoch, started_at=time.time()),
             observers=self.observers,
-            publisher=ShardPublisher(run.out, config.output) if has_shards else None,
+            publisher=publisher if has_shards else None,
             places_now=workplace.places_now,
             on_progress=on_progress,
             on_warning=self._on_warning,

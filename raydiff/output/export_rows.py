@@ -28,7 +28,6 @@ from raydiff.output.media_files import (
     media_name,
     read_media,
 )
-from raydiff.output.metadata_schema import COST_COLUMNS
 from raydiff.output.query import open_results
 from raydiff.output.rows_file import plain
 from raydiff.output.scores import read_scores, score_names
@@ -36,7 +35,7 @@ from raydiff.output.storage import Storage
 
 LEFT_OUT = (
     *("status", "error", "file_name", "member", "offset", "init_image"),
-    *(name for name in COST_COLUMNS if name not in ("profile", "dtype", "batch_size", "device")),
+    *("worker_id", "node", "encode_s", "denoise_s", "decode_s", "write_s", "peak_vram_bytes"),
 )
 """Columns that a dataset has only if they are asked for by name: where and how fast a row was
 rendered, and paths of that machine. Those of MEDIA_COLUMNS say nothing outside the run."""

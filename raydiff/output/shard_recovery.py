@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from raydiff.output.tar_samples import Sample, read_samples
 from raydiff.request import RenderResult
 
-TOLD_IN_SAMPLES = ("profile", "dtype", "batch_size", "device", "warning")
+TOLD_IN_SAMPLES = ("profile", "dtype", "batch_size", "device", "num_threads", "warning")
 """What a sample's .json says of its result, beside sha256: what has to do with its pixels."""
 
 

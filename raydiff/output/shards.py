@@ -138,7 +138,9 @@ class ShardPublisher:
         self._last = -1
         """Highest number that is taken."""
         self._claimed: dict[str, int] = {}
-        """Numbers of temporary shards whose index is in place and whose tar is not yet."""
+        """Numbers of temporary shards, from the moment that their index is in place."""
+        self._placed: set[str] = set()
+        """Temporary shards whose tar is in place too."""
 
     def adopt(self, ledger_knows: Callable[[str], bool]) -> dict[str, RenderResult]:
         """Put right what the last session left; return results that the ledger does not know.
@@ -194,6 +196,8 @@ class ShardPublisher:
     # -- publication ---------------------------------------------------------------------------
 
     def _publish(self, name: str) -> str:
+        if name in self._placed:
+            return shard_name(self._claimed[name])
         self._fence()
         with _disk_errors(self._storage, name):
             data = self._read_temporary_index(name)
@@ -202,6 +206,7 @@ class ShardPublisher:
                 self._claimed[name] = self._claim(data)
             number = self._claimed[name]
             self._move(header, number)
+            self._placed.add(name)
             self._published[number] = header
             with suppress(OSError):  # Removed at the end, or by the next session.
                 self._storage.delete([temporary_index(name)])

@@ -399,15 +399,19 @@ def test_a_driver_without_the_lock_publishes_nothing(tmp_path, begin, write):
 
 def test_publishing_goes_on_after_a_disk_error(tmp_path, write):
     publisher, writer = ShardPublisher(tmp_path, CONFIG), ShardWriter(tmp_path, CONFIG)
-    results = write(writer, range(4))
-    in_the_way = tmp_path / "shards/000000.tar"
+    results = write(writer, range(8))
+    in_the_way = tmp_path / "shards/000001.tar"
     in_the_way.mkdir()
     with pytest.raises(DiskError, match="could not be written"):
         publisher.publish(results)
     in_the_way.rmdir()
     published = publisher.publish(results)
-    assert {one.file_name for one in published} == {"shards/000000.tar"}
-    assert shards(tmp_path) == ["000000.json", "000000.tar"]
+    assert published == publisher.publish(results)
+    assert [one.file_name for one in published] == ["shards/000000.tar"] * 4 + [
+        "shards/000001.tar"
+    ] * 4
+    assert shards(tmp_path) == ["000000.json", "000000.tar", "000001.json", "000001.tar"]
+    check_results(tmp_path, published)
 
 
 def test_failed_rows_pass_through(tmp_path, make, write):
