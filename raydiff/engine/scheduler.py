@@ -392,7 +392,9 @@ class Scheduler:
     def _has_nothing_for(self, slot: Slot) -> bool:
         if not self._is_draining:
             return self._stages.has_nothing_for(slot)
-        return not slot.in_flight and not slot.is_flushed and not self._stages.has_later_batches
+        if slot.in_flight or slot.is_flushed:
+            return False
+        return slot.leaving is not None or not self._stages.has_later_batches
 
     def _finish(self) -> None:
         """End the run when nothing is left; failures that are still withheld end before it."""

@@ -251,7 +251,7 @@ class SimulatedCluster:
         self.weather.num_node_deaths -= 1
         node.is_alive = False
         self.nodes.remove(node)
-        if len(self.nodes) < 3:
+        if sum(not other.is_draining for other in self.nodes) < 3:
             self.nodes.append(Node())
         for worker in on_node:
             self.fail(worker, "node", "its node is gone")

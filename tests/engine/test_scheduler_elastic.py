@@ -8,6 +8,8 @@ from raydiff.engine.messages import (
     BatchReply,
     Cause,
     Dispatch,
+    DropLatents,
+    Encode,
     FinishRun,
     Flush,
     FlushDone,
@@ -23,8 +25,11 @@ from raydiff.engine.scheduler import Scheduler
 from raydiff.request import RenderRequest
 from tests.engine.scheduling import (
     completed,
+    denoised,
+    encoded,
     ended,
     only,
+    places,
     ready,
     rendered,
     request,
@@ -82,11 +87,16 @@ def test_elastic_places_alone_have_no_more_time_than_others() -> None:
 
 
 def test_a_waiting_elastic_place_keeps_no_other_from_being_filled() -> None:
+    machine = scheduler([SPOT], rows(1))
+    machine.decide(0.0)
+    machine.set_places([SPOT, FIXED])
+    assert machine.decide(1.0) == [StartWorker(worker_id="fixed", incarnation=1, role="fused")]
+
+
+def test_elastic_places_are_filled_last_and_only_for_rows_that_wait() -> None:
     machine = scheduler([SPOT, FIXED], rows(1))
     machine.decide(0.0)
     assert machine.worker_states == {"spot": "empty", "fixed": "pending"}
-    machine.handle(gone("fixed", cause="node"), 1.0)
-    assert machine.decide(1.0) == [StartWorker(worker_id="fixed", incarnation=2, role="fused")]
 
 
 def test_a_place_may_be_added_while_the_run_goes_on() -> None:
@@ -277,6 +287,46 @@ def test_a_drained_run_closes_its_shards_first() -> None:
     decisions = run.machine.decide(2.0)
     assert len(ended(decisions)) == 4
     assert decisions[-1] == FinishRun()
+
+
+def test_a_drained_split_run_closes_a_shard_when_all_is_decoded() -> None:
+    same = [request(number, prompt="the same") for number in range(8)]
+    machine = scheduler(places(encode=1, denoise=1, decode=1), same)
+    (encode,) = only(Encode, started(machine))
+    machine.handle(encoded(encode), 0.0)
+    first, second = only(Dispatch, machine.decide(0.0))
+    machine.handle(denoised(first), 0.0)
+    (decode,) = only(Dispatch, machine.decide(0.0))
+    machine.drain()
+    machine.handle(rendered(decode, []), 0.0)
+    assert machine.decide(0.0) == [DropLatents(batch_id=decode.batch.batch_id)]
+    machine.handle(denoised(second), 0.0)
+    (decode,) = only(Dispatch, machine.decide(0.0))
+    machine.handle(rendered(decode, []), 0.0)
+    assert only(Flush, machine.decide(0.0))
+
+
+def test_a_drained_run_waits_for_no_decoder_that_leaves() -> None:
+    same = [request(number, prompt="the same") for number in range(8)]
+    machine = scheduler(places(encode=1, denoise=1, decode=1), same)
+    (encode,) = only(Encode, started(machine))
+    machine.handle(encoded(encode), 0.0)
+    first, second = only(Dispatch, machine.decide(0.0))
+    machine.handle(denoised(first), 0.0)
+    (decode,) = only(Dispatch, machine.decide(0.0))
+    machine.handle(leaving("decode0"), 0.0)
+    machine.drain()
+    machine.handle(denoised(second), 0.0)
+    machine.handle(rendered(decode, []), 0.0)
+    assert only(Flush, machine.decide(0.0))
+    results = tuple(completed(row) for row in decode.batch.requests)
+    flushed = FlushDone(worker_id="decode0", incarnation=1, reply=FlushReply(results=results))
+    machine.handle(flushed, 0.0)
+    decisions = machine.decide(0.0)
+    assert len(ended(decisions)) == 4
+    assert only(StopWorker, decisions)
+    machine.handle(gone("decode0"), 0.0)
+    assert machine.decide(0.0) == [FinishRun()]
 
 
 def test_a_run_whose_disk_is_full_asks_once_for_its_shards() -> None:

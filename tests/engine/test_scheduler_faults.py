@@ -134,23 +134,17 @@ def test_a_worker_that_dies_at_work_blames_the_head(cause: Cause) -> None:
 
 
 def test_a_worker_is_kept_free_for_a_suspect_when_none_is_idle_and_none_comes() -> None:
-    machine = scheduler(
-        places(fused=2),
-        [request(n) for n in range(80)],
-        batches_in_flight=1,
-        start_timeout_s=10,
-        row_timeout_s=1000,
-    )
-    first, second = only(Dispatch, started(machine))
-    machine.handle(gone(first, "process"), 0.0)
+    machine, sent = fused(2, 80, start_timeout_s=10, row_timeout_s=1000)
+    suspect, other = sent[0], [one for one in sent if one.worker_id == "fused1"]
+    machine.handle(gone(suspect, "process"), 0.0)
     machine.decide(0.0)
-    machine.decide(10.0)
-    (stop,) = only(StopWorker, machine.decide(10.0))
+    (stop,) = late(machine, 10.0)
     machine.handle(gone(stop, "start"), 10.0)
-    machine.handle(rendered(second), 10.0)
-    (sent,) = only(Dispatch, machine.decide(10.0))
-    assert sent.worker_id == second.worker_id
-    assert sent.batch.requests == first.batch.requests
+    machine.handle(rendered(other[0]), 10.0)
+    assert not only(Dispatch, machine.decide(10.0))
+    machine.handle(rendered(other[1]), 10.0)
+    (again,) = only(Dispatch, machine.decide(10.0))
+    assert (again.worker_id, again.batch.requests) == ("fused1", suspect.batch.requests)
 
 
 # -- rows that take too long -----------------------------------------------------------------------

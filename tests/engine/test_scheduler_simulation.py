@@ -61,7 +61,7 @@ def machine_of(rng: random.Random, of: list[Place], **config: object) -> Schedul
         {
             "batch_size": rng.choice(["auto", 1, 4]),
             "batches_in_flight": rng.randint(1, 3),
-            "max_crashes": 3,
+            "max_crashes": rng.choice([2, 3]),
             "max_failed_percent": 100,
             **config,
         }

@@ -52,11 +52,20 @@ def ids(sent: Dispatch) -> list[int]:
 
 
 def encoded_machine(
-    num_rows: int = 4, *, prompt: str | None = None, num_decode: int = 1, **config: object
+    num_rows: int = 4,
+    *,
+    prompt: str | None = None,
+    embeds_cache_bytes: int = 10**6,
+    **config: object,
 ) -> tuple[Scheduler, list[Dispatch]]:
     """A split run of three stages whose first batches are encoded and sent to the denoiser."""
     rows = [request(number, prompt=prompt) for number in range(num_rows)]
-    machine = scheduler(places(encode=1, denoise=1, decode=num_decode), rows, **config)
+    machine = scheduler(
+        places(encode=1, denoise=1, decode=1),
+        rows,
+        embeds_cache_bytes=embeds_cache_bytes,
+        **config,
+    )
     decisions = started(machine)
     dispatched: list[Dispatch] = []
     while sent := only(Encode, decisions):
@@ -219,6 +228,14 @@ def test_embeddings_that_nothing_needs_are_dropped_when_there_is_no_room() -> No
             break
         pending += [] if pending else machine.decide(0.0)
     assert dropped == ["prompt 0"]
+
+
+def test_no_batch_is_taken_up_while_others_need_all_the_room_for_embeddings() -> None:
+    machine, sent = encoded_machine(num_rows=10, batch_size=1, embeds_cache_bytes=15)
+    assert len(sent) == 2
+    assert machine.queue_lengths["batches_waiting_denoise"] == 0
+    machine.handle(denoised(sent[0]), 0.0)
+    assert only(Encode, machine.decide(0.0))
 
 
 def test_lost_embeddings_are_made_again() -> None:
