@@ -4,7 +4,8 @@
 import hashlib
 import json
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Any, Literal, TypeVar
 
 Task = Literal["txt2img", "img2img", "txt2vid", "img2vid"]
 Status = Literal["completed", "failed", "quarantined"]
@@ -24,8 +25,26 @@ SAMPLERS: tuple[str, ...] = (
     "lcm",
 )
 
+T = TypeVar("T")
+
 RECIPE_VERSION = 1
 """Part of every request_id; raised when the same request would no longer give the same pixels."""
+
+
+def quick_to_pickle(noun: type[T]) -> type[T]:
+    """Pickle a dataclass with slots as the tuple of its values; its own way takes four times as
+    long, and every row is pickled twice."""
+    names = [field.name for field in fields(noun)]  # type: ignore[arg-type]
+    values = attrgetter(*names)
+    setters = [getattr(noun, name).__set__ for name in names]
+
+    def set_state(self: T, state: tuple[Any, ...]) -> None:
+        for set_value, value in zip(setters, state, strict=True):
+            set_value(self, value)
+
+    noun.__getstate__ = lambda self: values(self)  # type: ignore[method-assign]
+    noun.__setstate__ = set_state  # type: ignore[attr-defined]
+    return noun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +71,7 @@ class ModelInfo:
     """Parameters of each component (text_encoder, unet, vae, ...), from the file headers."""
 
 
+@quick_to_pickle
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderRequest:
     """One image to make: every value that affects its pixels, validated and complete."""
@@ -100,6 +120,7 @@ class RenderBatch:
     requests: tuple[RenderRequest, ...]
 
 
+@quick_to_pickle
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderResult:
     """What became of one request. Times are seconds of the request's batch, shared by its rows."""
