@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydiff.bench.chaos_renderer import BAD, POISON
-from raydiff.bench.null_model import MODEL
 from raydiff.bench.loopback_cluster import LoopbackCluster, loopback_cluster
+from raydiff.bench.null_model import MODEL
 from raydiff.config import RunConfig
 from raydiff.engine.cluster import end_process
 from raydiff.engine.cluster_file import ClusterLayout
