@@ -55,7 +55,7 @@ class ParquetTarget(Target):
 
     @property
     def loading(self) -> str:
-        return 'datasets.load_dataset(".", split="train", streaming=True)'
+        return f'datasets.load_dataset(".", split="{next(iter(self.paths))}", streaming=True)'
 
     @property
     def card_schema(self) -> pa.Schema | None:

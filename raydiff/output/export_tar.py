@@ -45,7 +45,9 @@ class TarTarget(Target):
 
     @property
     def loading(self) -> str:
-        return 'webdataset.WebDataset("data/train-{00000..00009}.tar")  # as many as there are'
+        split = next(iter(self.paths))
+        last = len(self._lists[split]) - 1
+        return f'webdataset.WebDataset("data/{split}-{{00000..{last:05d}}}.tar")'
 
     def _begin(self, split: str) -> "_Tar":
         name = f"data/{split}-{len(self._lists[split]):05d}.tar"

@@ -1,8 +1,9 @@
 """Run a manifest with the faulty renderer; also a program, to be interrupted and killed.
 
-python drive.py MANIFEST OUT LOG ROW_MS
+python drive.py MANIFEST OUT LOG ROW_MS [OUTPUT, as JSON]
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def drive(
     num_gpus: int = 0,
     renderer: str = RENDERER,
     engine: dict[str, Any] | None = None,
+    output: dict[str, Any] | None = None,
     **callbacks: Any,
 ) -> RunSummary:
     """Render with two workers."""
@@ -34,7 +36,7 @@ def drive(
             "out": str(out),
             "model": {"name": MODEL.name},
             "engine": {"batch_size": 4, **(engine or {})},
-            "output": {"commit_s": 0.2},
+            "output": {"commit_s": 0.2, **(output or {})},
         }
     )
     return run_manifest(
@@ -49,6 +51,7 @@ def drive(
 
 
 if __name__ == "__main__":
-    manifest, out, log, row_ms = sys.argv[1:]
-    summary = drive(manifest, out, log, row_ms=float(row_ms))
+    manifest, out, log, row_ms, *rest = sys.argv[1:]
+    output = json.loads(rest[0]) if rest else None
+    summary = drive(manifest, out, log, row_ms=float(row_ms), output=output)
     sys.exit(summary.exit_status)
