@@ -527,7 +527,15 @@ def _asks_for_token(ray: Any, head: str) -> bool:
 
 
 def _node_addresses(head: str) -> list[str]:
-    nodes = _gcs(head).get_all_node_info(timeout=CONNECT_S)
+    """Return the addresses of a cluster's nodes. A head that has just started has none yet."""
+    gcs = _gcs(head)
+    until = time.monotonic() + CONNECT_S
+    while not (nodes := gcs.get_all_node_info(timeout=CONNECT_S)):
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"engine.address: {head}: the cluster has no nodes. Look into the log of its head."
+            )
+        time.sleep(0.2)
     return [str(node.node_manager_address) for node in nodes.values()]
 
 
