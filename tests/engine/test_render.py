@@ -1,64 +1,35 @@
-"""How many workers a run gets, and what they are started with."""
+"""What workers are started with, and what a run says of itself."""
 
 from pathlib import Path
 
 import pytest
 
 from raydiff.config import RunConfig
-from raydiff.engine.cluster import Resources
-from raydiff.engine.render import RunSummary, choose_resources, render, worker_spec
+from raydiff.engine.placement import fused_layout, local_layout
+from raydiff.engine.render import RunSummary, render, worker_specs
 from raydiff.errors import ConfigError, ModelError, OutputError
-from raydiff.memory.gpus import GpuInfo
-
-GPUS = [
-    GpuInfo(
-        cuda_index=index,
-        uuid=f"GPU-{index}",
-        name="H200",
-        total_bytes=2**37,
-        free_bytes=2**37,
-        driver="580",
-    )
-    for index in range(3)
-]
 
 
 def config(**values: object) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-@pytest.mark.parametrize(
-    ("settings", "num_gpus", "expected"),
-    [
-        ({}, 3, (3, 3)),
-        ({}, 0, (1, 0)),
-        ({"engine": {"workers": 2}}, 3, (2, 2)),
-        ({"engine": {"workers": 4}}, 0, (4, 0)),
-        ({"memory": {"profile": "cpu_only"}}, 3, (1, 0)),
-        ({"memory": {"profile": "cpu_only"}, "engine": {"workers": 5}}, 3, (5, 0)),
-        ({"memory": {"profile": "cpu_only", "devices": {"vae": "cuda"}}}, 3, (3, 3)),
-    ],
-)
-def test_a_worker_per_gpu_or_one_on_the_cpu(
-    settings: dict[str, object], num_gpus: int, expected: tuple[int, int]
-) -> None:
-    resources = choose_resources(config(**settings), GPUS[:num_gpus])
-    assert (resources.num_workers, resources.num_gpus) == expected
-
-
-def test_more_workers_than_gpus_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"there are 3\. Use --workers 3"):
-        choose_resources(config(engine={"workers": 4}), GPUS)
-
-
-def test_workers_on_the_cpu_see_no_gpu_and_share_the_cores(tmp_path: Path) -> None:
-    resources = Resources(num_workers=1000, num_gpus=0)
-    spec = worker_spec(tmp_path, config(), "module:Class", {}, resources)
-    assert spec.environ["CUDA_VISIBLE_DEVICES"] == ""
-    assert spec.environ["OMP_NUM_THREADS"] == "1"
-    assert Path(spec.out).is_absolute()
-    on_gpus = worker_spec(tmp_path, config(), "m:C", {}, Resources(num_workers=2, num_gpus=2))
+def test_workers_on_the_cpu_see_no_gpu() -> None:
+    on_cpu = worker_specs("out", config(), "m:C", {}, fused_layout(1000))["fused"]
+    assert on_cpu.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert on_cpu.environ["OMP_NUM_THREADS"] == "1"
+    on_gpus = worker_specs("out", config(), "m:C", {}, fused_layout(2, num_gpus=2))["fused"]
     assert "CUDA_VISIBLE_DEVICES" not in on_gpus.environ
+
+
+def test_each_role_has_its_own_specification() -> None:
+    layout = local_layout(config(engine={"stages": "split"}), [])
+    specs = worker_specs("out", config(engine={"batch_size": 3}), "m:C", {"a": 1}, layout)
+    assert {role: spec.role for role, spec in specs.items()} == {
+        "encode": "encode",
+        "denoise_decode": "denoise_decode",
+    }
+    assert {spec.batch_size for spec in specs.values()} == {3}
 
 
 @pytest.mark.parametrize(
