@@ -7,7 +7,7 @@ from typing import Generic, Literal, Self, TypeVar
 
 from raydiff.batching import BatchKey
 from raydiff.engine.messages import DenoiseReply, EncodeBatch, TextKey
-from raydiff.request import RenderBatch
+from raydiff.request import RenderBatch, RenderRequest
 
 MIN_CRASHES_ALONE = 2
 """Crashes that a single row must have caused with nothing beside it, to be quarantined."""
@@ -88,6 +88,14 @@ class RowJob(Job):
     def num_steps(self) -> int:
         """Denoising steps of all its rows together."""
         return sum(request.num_inference_steps for request in self.batch.requests)
+
+    def take_row(self, request_id: str) -> RenderRequest | None:
+        """Take out a row that has ended before its batch; None where it has no such row."""
+        taken = next((row for row in self.batch.requests if row.request_id == request_id), None)
+        if taken is not None:
+            rest = tuple(row for row in self.batch.requests if row is not taken)
+            self.batch = replace(self.batch, requests=rest)
+        return taken
 
     def split(self) -> list[Self]:
         """Return a job for each row, each with this one's crashes on its account."""

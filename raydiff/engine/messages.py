@@ -287,7 +287,8 @@ class Dispatch:
     incarnation: int
     batch: RenderBatch
     denoised: DenoiseReply | None = None
-    """For a `decode` worker: what the batch's denoising said. `batch` has those rows alone."""
+    """For a `decode` worker: what the batch's denoising said. `batch` has those of its rows that
+    have not ended meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

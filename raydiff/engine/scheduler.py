@@ -5,7 +5,7 @@ Events come in through `handle`, `offer`, `close_input`, `drain`; `decide(now)` 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -205,7 +205,10 @@ class Scheduler:
     def _worker_failed(self, slot: Slot, event: WorkerFailed) -> None:
         was_starting = slot.state in ("pending", "loading")
         is_blameless = event.cause in ("node", "stopped") or slot.leaving is not None
-        held, stopped = list(slot.in_flight), slot.stopping
+        role, stopped = slot.place.role, slot.stopping
+        held = [job for job in slot.in_flight if len(job)]
+        for over in (job for job in slot.in_flight if not len(job)):
+            self._stages.let_go(role, over)
         failed = self._breaker.take_back(slot)
         unpublished = [row.request for row in slot.unpublished.values()]
         slot.vacate()
@@ -217,9 +220,9 @@ class Scheduler:
             self._stages.offer_again(failed)
             self._shards_lost(unpublished, event.reason)
             if is_blameless or not held:
-                self._stages.put_back(slot.place.role, held)
+                self._stages.put_back(role, held)
             else:
-                self._crashed(slot.place.role, held, event.reason)
+                self._crashed(role, held, event.reason)
         self._places.forget_removed(slot)
 
     def _crashed(self, role: Role, held: list[Any], reason: str) -> None:
@@ -343,10 +346,15 @@ class Scheduler:
         self._settle(slot, _outcomes(reply.results, {}, slot))
         if reply.disk_error is not None:
             self.abort(DiskError(reply.disk_error))
-        elif not self._is_draining:
-            missing = [slot.unpublished.pop(one) for one in flushed if one in slot.unpublished]
-            reason = "the shard that was closed does not hold it"
-            self._shards_lost([row.request for row in missing], reason)
+            return
+        missing = [slot.unpublished.pop(one) for one in flushed if one in slot.unpublished]
+        if slot.in_flight or self._is_draining:
+            # They may lie in a shard that was full before: its batch has not answered yet.
+            waiting = {row.request.request_id: Unpublished(row.request, now) for row in missing}
+            slot.unpublished |= waiting
+            return
+        reason = "the shard that was closed does not hold it"
+        self._shards_lost([row.request for row in missing], reason)
 
     def _settle(
         self,
@@ -426,15 +434,29 @@ class Scheduler:
 def _outcomes(
     results: Sequence[RenderResult], rows: dict[str, RenderRequest], slot: Slot
 ) -> list[Outcome]:
-    """Take the rows that have a result out of a batch's `rows` and the worker's open shard."""
+    """Take the rows that have a result out of a batch's `rows`, or from where they wait.
+
+    A shard may be closed while its rows' own batch, or an earlier one, is being written still.
+    """
     outcomes: list[Outcome] = []
     for result in results:
         request = rows.pop(result.request_id, None)
         if request is None and (row := slot.unpublished.pop(result.request_id, None)) is not None:
             request = row.request
+        if request is None:
+            request = _take_row(slot, result.request_id)
         if request is not None:
             outcomes.append(Outcome(request, result))
     return outcomes
+
+
+def _take_row(slot: Slot, request_id: str) -> RenderRequest | None:
+    """Take a row out of the batch in flight that has it."""
+    jobs: Iterable[RowJob] = slot.in_flight
+    for job in jobs:
+        if (request := job.take_row(request_id)) is not None:
+            return request
+    return None
 
 
 def _result(request: RenderRequest, status: Status, error: str) -> RenderResult:

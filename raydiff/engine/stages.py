@@ -230,7 +230,7 @@ class Stages:
         if job is None:
             return None
         if job is slot.in_flight[0]:
-            if is_timed:
+            if is_timed and len(job):
                 elapsed_s = now - slot.head_since
                 self._row_times.observe(_kind(slot, job), **_size(job), elapsed_s=elapsed_s)
             slot.head_since = now
@@ -432,4 +432,4 @@ def _kind(slot: Slot, job: Any) -> tuple[Role, str | BatchKey]:
 
 def _size(job: Any) -> dict[str, int]:
     num_steps = 0 if isinstance(job, TextJob) else job.num_steps
-    return {"num_rows": len(job), "num_steps": num_steps}
+    return {"num_rows": max(1, len(job)), "num_steps": num_steps}

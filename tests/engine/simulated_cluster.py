@@ -59,6 +59,11 @@ class SimulatedWorker:
     inputs: dict[int, list[Node]] = field(default_factory=dict)
     """By batch_id: the nodes of what the batch needs."""
     open_shard: list[RenderRequest] = field(default_factory=list)
+    """Rows that are written, and not published."""
+    early: set[str] = field(default_factory=set)
+    """Those of them, and of the closed shard, whose batch has not answered yet."""
+    closed_shard: list[RenderRequest] = field(default_factory=list)
+    """Rows that are published, as the next answer to a batch will tell."""
     is_flushing: bool = False
 
 
@@ -168,8 +173,7 @@ class SimulatedCluster:
         assert batch.requests
         if role == "decode":
             assert sent.denoised is not None
-            ids = tuple(row.request_id for row in batch.requests)
-            assert sent.denoised.request_ids == ids
+            assert {row.request_id for row in batch.requests} <= set(sent.denoised.request_ids)
             worker.inputs[batch.batch_id] = [self.latents[batch.batch_id]]
         elif role != "fused":
             # The references must be there: a KeyError is a text that was never encoded.
@@ -190,6 +194,8 @@ class SimulatedCluster:
         ]
         busy = [one for one in self.workers.values() if one.queue and not one.is_hung]
         flushing = [one for one in self.workers.values() if one.is_flushing and not one.is_hung]
+        if self.weather.shard_rows and busy and rng.random() < 0.3:
+            self.write_early(rng.choice(busy))
         if self.weather.num_node_deaths and rng.random() < 0.03:
             self.node_goes()
         elif self.weather.num_place_changes and rng.random() < 0.05:
@@ -312,16 +318,34 @@ class SimulatedCluster:
         event = EncodeDone(worker_id=sent.worker_id, incarnation=sent.incarnation, reply=reply)
         self.machine.handle(event, self.now)
 
+    def write_early(self, worker: SimulatedWorker) -> None:
+        """Write a row whose batch is not done; perhaps it fills the shard."""
+        sent = worker.queue[0]
+        if isinstance(sent, Encode) or worker.start.role == "denoise":
+            return
+        row = self.rng.choice(sent.batch.requests)
+        is_lost = any(not node.is_alive for node in worker.inputs.get(sent.batch.batch_id, []))
+        is_poison = row.request_id in self.weather.poison or is_lost
+        if row.request_id not in worker.early and not is_poison and not self.is_bad(worker, row):
+            worker.early.add(row.request_id)
+            self.write(worker, row)
+
+    def write(self, worker: SimulatedWorker, row: RenderRequest) -> None:
+        self.renders[row.request_id] += 1
+        worker.open_shard.append(row)
+        if len(worker.open_shard) >= (self.weather.shard_rows or 1):
+            worker.closed_shard += self.close_shard(worker)
+
     def rendered(self, worker: SimulatedWorker, sent: Dispatch) -> None:
         results: list[RenderResult] = []
         for row in sent.batch.requests:
-            self.renders[row.request_id] += 1
             if self.is_bad(worker, row):
                 results.append(failure(row))
-            else:
-                worker.open_shard.append(row)
-        if len(worker.open_shard) >= (self.weather.shard_rows or 0):
-            results += [completed(row) for row in self.close_shard(worker)]
+            elif row.request_id not in worker.early:
+                self.write(worker, row)
+            worker.early.discard(row.request_id)
+        results += [completed(row) for row in worker.closed_shard]
+        worker.closed_shard = []
         reply = BatchReply(
             batch_id=sent.batch.batch_id,
             results=tuple(results),

@@ -209,11 +209,10 @@ class Shards:
         """Answer the batch without a result: its rows wait."""
         self.machine.handle(rendered(self.sent, []), now)
 
-    def flushed(self, numbers: range, incarnation: int = 1) -> FlushDone:
+    def flushed(self, numbers: range) -> FlushDone:
+        """The answer to a flush: these rows are published."""
         results = tuple(completed(request(one)) for one in numbers)
-        return FlushDone(
-            worker_id="fixed", incarnation=incarnation, reply=FlushReply(results=results)
-        )
+        return FlushDone(worker_id="fixed", incarnation=1, reply=FlushReply(results=results))
 
     def next_worker(self, incarnation: int, now: float = 0.0) -> Dispatch:
         """Let the next worker become ready; return what it is sent."""
@@ -380,6 +379,47 @@ def test_rows_that_a_closed_shard_does_not_hold_are_rendered_again() -> None:
     assert len(ended(decisions)) == 3
     (sent,) = only(Dispatch, decisions)
     assert [row.seed for row in sent.batch.requests] == [3]
+
+
+def test_rows_of_a_batch_in_flight_may_be_published_before_it_answers() -> None:
+    run = Shards(100)
+    batch = run.sent.batch
+    run.machine.handle(run.flushed(range(2)), 1.0)
+    assert len(ended(run.machine.decide(1.0))) == 2
+    run.machine.handle(rendered(run.sent, [completed(row) for row in batch.requests[2:]]), 1.0)
+    assert len(ended(run.machine.decide(1.0))) == 2
+    assert run.machine.queue_lengths["rows_unpublished"] == 0
+
+
+def test_rows_published_before_their_worker_dies_are_not_rendered_again() -> None:
+    run = Shards(4)
+    run.machine.handle(run.flushed(range(3)), 1.0)
+    run.machine.handle(gone("fixed", cause="process"), 1.0)
+    assert [row.seed for row in run.next_worker(2).batch.requests] == [3]
+
+
+def test_a_batch_whose_rows_are_all_published_is_blamed_for_nothing() -> None:
+    run = Shards(4)
+    run.machine.handle(run.flushed(range(4)), 1.0)
+    run.machine.handle(gone("fixed", cause="process"), 1.0)
+    decisions = run.machine.decide(1.0)
+    assert len(ended(decisions)) == 4
+    assert decisions[-1] == FinishRun()
+
+
+def test_a_row_that_a_closed_shard_lacks_may_come_with_a_batch_in_flight() -> None:
+    run = Shards(8, shard_s=30.0)
+    run.render()
+    (sent,) = only(Dispatch, run.machine.decide(0.0))
+    assert only(Flush, run.machine.decide(30.0))
+    # The shard was full before it was asked for: the answer of the next batch tells of it.
+    run.machine.handle(run.flushed(range(0)), 31.0)
+    assert run.machine.decide(31.0) == []
+    everything = [completed(request(number)) for number in range(8)]
+    run.machine.handle(rendered(sent, everything), 32.0)
+    decisions = run.machine.decide(32.0)
+    assert len(ended(decisions)) == 8
+    assert decisions[-1] == FinishRun()
 
 
 def test_a_worker_that_never_closes_its_shard_is_hung() -> None:
