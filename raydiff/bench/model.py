@@ -136,12 +136,12 @@ def random_pipeline(
     torch.manual_seed(0)
     dtype = torch.bfloat16
     encoders = {
-        name: _random_module(CLIPTextEncoder, CLIPTextConfig.from_dict(config), dtype)
+        name: random_module(CLIPTextEncoder, CLIPTextConfig.from_dict(config), dtype)
         for name, config in published.items()
         if name.startswith("text_encoder")
     }
-    unet = _random_module(UNet, UNetConfig.from_dict(published["unet"]), dtype)
-    vae = _random_module(AutoencoderKL, AutoencoderKLConfig.from_dict(published["vae"]), dtype)
+    unet = random_module(UNet, UNetConfig.from_dict(published["unet"]), dtype)
+    vae = random_module(AutoencoderKL, AutoencoderKLConfig.from_dict(published["vae"]), dtype)
     profile = resolve_profile(MemoryConfig(profile=profile_name), family, {}, visible_gpus()[0])
     for name, module in {**encoders, "unet": unet, "vae": vae}.items():
         module.to(resting_device(name, profile))
@@ -167,7 +167,7 @@ def random_pipeline(
     )
 
 
-def _random_module(build: Callable[[Any], Any], config: Any, dtype: torch.dtype) -> Any:
+def random_module(build: Callable[[Any], Any], config: Any, dtype: torch.dtype) -> Any:
     """Build on the meta device and draw each weight on the GPU, scaled by its fan-in."""
     with torch.device("meta"):
         module: nn.Module = build(config)

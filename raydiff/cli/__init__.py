@@ -25,6 +25,7 @@ COMMANDS = {
     "score": ("raydiff.cli.score", "Score a run's images with a function of your own."),
     "models": ("raydiff.cli.models", "Inspect, download or make checkpoints."),
     "doctor": ("raydiff.cli.doctor", "Check this machine: Python, torch, GPUs, Ray, disk."),
+    "mini": ("raydiff.cli.mini", "Train the miniature models, or draw what they learn from."),
     "bench": ("raydiff.cli.bench", "Measure the engine and the models on this machine."),
     "completion": ("raydiff.cli.completion", "Make bash, zsh or fish complete this command."),
 }

@@ -96,7 +96,8 @@ def train_denoiser(
         rows = _random(len(latents), recipe.batch_size, generator)
         clean = latents[rows].float()
         noise = torch.randn(clean.shape, device=device, generator=generator)
-        timesteps = _random(len(alphas), recipe.batch_size, generator)
+        chance = torch.rand(recipe.batch_size, device=device, generator=generator)
+        timesteps = (len(alphas) * chance**recipe.timestep_power).long().clamp(max=len(alphas) - 1)
         alpha = alphas[timesteps][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean if is_v else noise
