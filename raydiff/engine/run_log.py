@@ -44,6 +44,7 @@ PUT_S = 30.0
 """Between two writes of a log in an object store, which takes whole files only."""
 CLOSE_S = 15.0
 """Longest wait for the last of them."""
+THREAD = "run-log"
 MAX_FILE_BYTES = 4 * 2**20
 MAX_FAILED_ROWS = 10_000
 """Failed rows of a session that are logged; the metadata has all of them."""
@@ -217,6 +218,7 @@ class _StoredLines:
         self._num_put = 0
         self._put_at = float("-inf")
         self._thread: threading.Thread | None = None
+        self._in_turn = threading.Lock()
 
     def add(self, line: str) -> None:
         data = line.encode()
@@ -246,15 +248,15 @@ class _StoredLines:
         name = f"{LOG_DIR}/{self._epoch}{suffix}.jsonl"
         self._num_put = len(self._content)
         self._thread = threading.Thread(
-            target=_put, args=(self._storage, name, bytes(self._content)), daemon=True
+            target=self._write_whole, args=(name, bytes(self._content)), name=THREAD, daemon=True
         )
         self._thread.start()
+
+    def _write_whole(self, name: str, data: bytes) -> None:
+        # One after the other: an older content must not come last.
+        with self._in_turn, suppress(OSError):
+            self._storage.put(name, data, is_durable=False)
 
     def _wait(self) -> None:
         if self._thread is not None:
             self._thread.join(CLOSE_S)
-
-
-def _put(storage: Storage, name: str, data: bytes) -> None:
-    with suppress(OSError):
-        storage.put(name, data, is_durable=False)

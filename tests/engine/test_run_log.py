@@ -1,6 +1,7 @@
 """The log of a session: what it holds, what it leaves out, and where it lies."""
 
 import json
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -147,6 +148,12 @@ def test_a_store_that_is_away_does_not_hold_the_run_up(
     log.progress(progress(), {})
     log.close({})
     assert time.monotonic() - began < 5
+    s3.outage_until = 0.0
+    for thread in threading.enumerate():
+        if thread.name == run_log.THREAD:
+            thread.join(60)
+    content = parse(storage.read("log/1.jsonl"))
+    assert [line["event"] for line in content] == ["session_started", "progress", "session_ended"]
 
 
 def progress() -> Progress:
