@@ -22,6 +22,7 @@ from PIL import Image
 from raydiff.errors import ConfigError, OutputError
 from raydiff.output.export import UNFINISHED, export_run
 from raydiff.output.ledger import read_results
+from tests.cli.command import cli
 from tests.output.generated_runs import random_pixels, write_run
 
 pytestmark = [
@@ -60,11 +61,20 @@ def rows():
     yield {"bad": "row 26: no prompt"}
 
 
-@pytest.fixture(scope="module", params=["files", "webdataset"])
-def run(request, tmp_path_factory):
-    """A run with 25 images, a failed row and a bad one, in files or in shards."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with 25 images, a failed row and a bad one."""
     out = tmp_path_factory.mktemp("runs") / "the run"
-    return write_run(out, list(rows()), columns=COLUMNS, commit_every=7, format_=request.param)
+    return write_run(out, list(rows()), columns=COLUMNS, commit_every=7)
+
+
+@pytest.fixture(scope="module", params=["files", "webdataset"])
+def any_run(request, run, tmp_path_factory):
+    """The same in files and in shards."""
+    if request.param == "files":
+        return run
+    out = tmp_path_factory.mktemp("runs") / "in shards"
+    return write_run(out, list(rows()), columns=COLUMNS, format_="webdataset")
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +98,8 @@ def check_pixels(image, seed: int) -> None:
     assert np.array_equal(np.asarray(image), random_pixels(seed))
 
 
-def test_tars_load_with_webdataset(run, tmp_path):
-    summary = export_run(run, tmp_path / "tars", to="webdataset", shard_rows=10)
+def test_tars_load_with_webdataset(any_run, tmp_path):
+    summary = export_run(any_run, tmp_path / "tars", to="webdataset", shard_rows=10)
     assert summary.num_samples == {"train": NUM_ROWS}
     assert summary.problems == ()
     assert names(tmp_path / "tars") == [
@@ -100,7 +110,7 @@ def test_tars_load_with_webdataset(run, tmp_path):
     urls = str(tmp_path / "tars/data/train-{00000..00002}.tar")
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
     assert sorted(sample["json"]["seed"] for sample in samples) == list(range(NUM_ROWS))
-    known = {row["request_id"]: row for row in read_results(run).to_pylist()}
+    known = {row["request_id"]: row for row in read_results(any_run).to_pylist()}
     for sample in samples:
         seed = sample["json"]["seed"]
         check_pixels(sample["png"], seed)
@@ -269,6 +279,19 @@ def test_missing_and_damaged_files_are_left_out_and_told(tmp_path):
     assert pq.read_table(tmp_path / "x/data").num_rows == 3
 
 
+def test_the_command_tells_what_it_wrote_and_left_out(tmp_path):
+    columns = pa.schema([("part", pa.string())])
+    rows = [{"seed": n, "part": f"part_{n % 2}"} for n in range(5)]
+    out = write_run(tmp_path / "out", rows, columns=columns)
+    arguments = ["export", out, "--to", "webdataset", "--split", "part", "--dest"]
+    done = cli(*arguments, "x", cwd=tmp_path)
+    assert "5 samples (part_0 3, part_1 2), 0.0 MB: x" in done.stdout
+    sorted(out.glob("images/*/*.png"))[0].unlink()
+    done = cli(*arguments, "y", cwd=tmp_path, status=1)
+    assert "left out: images/" in done.stderr
+    assert "4 samples" in done.stdout
+
+
 def test_videos_pass_through_as_they_are(tmp_path):
     """No pipeline makes videos yet: the rows of images are changed to those of videos."""
     out = write_run(tmp_path / "out", [{"seed": n} for n in range(3)])
@@ -376,10 +399,10 @@ def test_a_run_without_images_is_refused(tmp_path):
         export_run(out, tmp_path / "x", to="webdataset")
 
 
-def test_an_image_is_what_it_was(run, tmp_path):
+def test_an_image_is_what_it_was(any_run, tmp_path):
     """Not a pixel is encoded again: the bytes are those of the run."""
-    export_run(run, tmp_path / "x", to="imagefolder")
-    for row in read_results(run).to_pylist()[:NUM_ROWS]:
+    export_run(any_run, tmp_path / "x", to="imagefolder")
+    for row in read_results(any_run).to_pylist()[:NUM_ROWS]:
         one = row["request_id"]
         data = (tmp_path / f"x/train/{one[:2]}/{one}.png").read_bytes()
         assert hashlib.sha256(data).hexdigest() == row["sha256"]
