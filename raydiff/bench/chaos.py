@@ -41,6 +41,8 @@ NODE_DIES_AT = 0.25
 DRIVER_DIES_AT = 0.5
 """Shares of the rows that have ended."""
 KILL_S = 1.0
+MIN_READY = 2
+"""Where workers start slower than they die, the next death waits for this many."""
 MAX_EXTRA = 0.15
 POLL_S = 0.1
 PATIENCE_S = 180.0
@@ -159,17 +161,19 @@ class _Chaos:
                 raise EngineError(f"the driver ended early, with status {driver.returncode}")
             if now - changed_at > PATIENCE_S:
                 raise EngineError(f"no row has ended for {PATIENCE_S:.0f} s: it hangs")
-            if progress is not None and progress.state == "running" and now >= kill_at:
+            if progress is not None and now >= kill_at and self._kill_one(progress):
                 kill_at = now + KILL_S
-                self._kill_one(progress)
             time.sleep(POLL_S)
 
-    def _kill_one(self, progress: Progress) -> None:
+    def _kill_one(self, progress: Progress) -> bool:
+        """Kill one of the workers that are ready, if there are enough of them."""
         pids = [worker["pid"] for worker in progress.workers if worker.get("pid")]
-        alive = sorted(set(pids) - set(self._killed))
-        if alive:
-            self._killed.append(self._random.choice(alive))
-            end_process(self._killed[-1])
+        ready = sorted(set(pids) - set(self._killed))
+        if progress.state != "running" or len(ready) < MIN_READY:
+            return False
+        self._killed.append(self._random.choice(ready))
+        end_process(self._killed[-1])
+        return True
 
 
 @contextmanager

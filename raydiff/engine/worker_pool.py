@@ -34,6 +34,7 @@ from raydiff.engine.messages import (
     TextKey,
     WorkerFailed,
     WorkerHealth,
+    WorkerInfo,
     WorkerLeaving,
     WorkerPlaced,
     WorkerReady,
@@ -69,6 +70,8 @@ class _Process:
     actor: Any
     where: Whereabouts | None = None
     """None until it is placed."""
+    info: WorkerInfo | None = None
+    """None until its model is loaded."""
     is_ready: bool = False
     is_leaving: bool = False
     is_stuck: bool = False
@@ -271,63 +274,75 @@ class WorkerPool:
         ready, _ = ray.wait(refs, timeout=timeout_s)
         if ready:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        events = (self._read(ref, self._pending.pop(ref)) for ref in ready)
-        return [event for event in events if event is not None]
+        return [event for ref in ready for event in self._read(ref, self._pending.pop(ref))]
 
-    def _read(self, ref: Any, call: _Call) -> Event | None:
+    def _read(self, ref: Any, call: _Call) -> list[Event]:
         ray = self._session.open()
         errors = ray.exceptions
         try:
             value = ray.get(ref, timeout=READ_S)
         except errors.RayTaskError as error:
-            return self._call_failed(call, error.cause)
+            return [self._call_failed(call, error.cause)]
         except errors.RayActorError as error:
             if error.actor_id not in (None, call.process.actor._actor_id.hex()):
-                return self._call_failed(call, error)
-            return self._died(call.process, error)
+                return [self._call_failed(call, error)]
+            return [self._died(call.process, error)]
         except (errors.ObjectLostError, errors.GetTimeoutError) as error:
-            return call.process.failed(f"its reply is lost: {_first_line(error)}", "node")
+            return [call.process.failed(f"its reply is lost: {_first_line(error)}", "node")]
         except errors.RayError as error:
-            return call.process.failed(_first_line(error), self._cause(call.process, "process"))
+            cause = self._cause(call.process, "process")
+            return [call.process.failed(_first_line(error), cause)]
         call.process.answered_at = time.monotonic()
         return self._answered(call, value)
 
-    def _answered(self, call: _Call, value: Any) -> Event | None:
+    def _answered(self, call: _Call, value: Any) -> list[Event]:
         process = call.process
         worker_id, incarnation = process.worker_id, process.incarnation
         match call.kind:
             case "where":
+                process.where = value
                 return self._placed(process, value)
             case "start":
-                process.is_ready = True
-                return WorkerReady(worker_id=worker_id, incarnation=incarnation, info=value)
+                process.info = value
+                return self._ready(process)
             case "ping":
                 process.is_pinged = False
                 if self._on_health is not None:
-                    self._on_health(process.worker_id, value)
+                    self._on_health(worker_id, value)
             case "encode":
                 for text, embeds, error in zip(call.texts, call.outputs, value.errors, strict=True):
                     if error is None:
                         self._embeds[text] = embeds
-                return EncodeDone(worker_id=worker_id, incarnation=incarnation, reply=value)
+                return [EncodeDone(worker_id=worker_id, incarnation=incarnation, reply=value)]
             case "denoise":
                 self._latents[value.batch_id] = call.outputs[0]
-                return DenoiseDone(worker_id=worker_id, incarnation=incarnation, reply=value)
+                return [DenoiseDone(worker_id=worker_id, incarnation=incarnation, reply=value)]
             case "batch":
-                return BatchDone(worker_id=worker_id, incarnation=incarnation, reply=value)
+                return [BatchDone(worker_id=worker_id, incarnation=incarnation, reply=value)]
             case "flush":
-                return FlushDone(worker_id=worker_id, incarnation=incarnation, reply=value)
-        return None
+                return [FlushDone(worker_id=worker_id, incarnation=incarnation, reply=value)]
+        return []
 
-    def _placed(self, process: _Process, where: Whereabouts) -> Event:
-        process.where = where
+    def _placed(self, process: _Process, where: Whereabouts) -> list[Event]:
         if where.version != __version__:
-            return process.failed(
+            reason = (
                 f"node {where.address} has raydiff {where.version}, the driver {__version__}. "
-                "Install the same version on every node.",
-                "start",
+                "Install the same version on every node."
             )
-        return WorkerPlaced(worker_id=process.worker_id, incarnation=process.incarnation)
+            return [process.failed(reason, "start")]
+        placed = WorkerPlaced(worker_id=process.worker_id, incarnation=process.incarnation)
+        return [placed, *self._ready(process)]
+
+    def _ready(self, process: _Process) -> list[Event]:
+        """Report a worker that has said both where it is and that its model is loaded."""
+        if process.info is None or process.where is None:
+            return []
+        process.is_ready = True
+        return [
+            WorkerReady(
+                worker_id=process.worker_id, incarnation=process.incarnation, info=process.info
+            )
+        ]
 
     def _call_failed(self, call: _Call, cause: BaseException | None) -> Event:
         """Tell a worker's own error from one of the node that held its inputs."""
@@ -380,17 +395,17 @@ class WorkerPool:
 
     def _hung(self, now: float) -> list[Event]:
         """Ping the workers; return those that have not answered for too long."""
-        placed = [process for process in self._processes.values() if process.where is not None]
+        ready = [process for process in self._processes.values() if process.is_ready]
         if now - self._polled_at > MAX_GAP_S:
-            for process in placed:
+            for process in ready:
                 process.answered_at = now
         interval_s = min(self._health_timeout_s / 4, MAX_PING_INTERVAL_S)
         hung: list[Event] = []
-        for process in placed:
+        for process in ready:
             if process.is_pinged:
                 if now - process.answered_at > self._health_timeout_s:
                     hung.append(self._hangs(process, now))
-            elif process.is_ready and now - process.pinged_at >= interval_s:
+            elif now - process.pinged_at >= interval_s:
                 process.is_pinged, process.pinged_at = True, now
                 ping = process.actor.health.options(concurrency_group=HEALTH).remote()
                 self._pending[ping] = _Call(process, "ping")
