@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +40,7 @@ LONGEST_PAUSE_S = 5.0
 WHOLE_BYTES = 4 * 2**20
 """Objects up to this size are opened by reading them whole: one request instead of several."""
 READ_BUFFER_BYTES = 2**20
+PAGE_ROWS = 1000
 MULTIPART_BYTES = 64 * 2**20
 CHUNK_BYTES = 8 * 2**20
 NUM_UPLOADS = 4
@@ -171,18 +172,14 @@ class ObjectStorage:
 
     def list_files(self, folder: str = "") -> Iterator[StoredFile]:
         """Yield every object below a folder, at any depth, by name."""
-        last: str | None = None
-        while True:
-            rows = self._retried(folder, lambda: self._list_some(folder, last))  # noqa: B023
+        pages = _Pages(self._connection.store, self._key(folder) or None)
+        while rows := self._retried(folder, pages.read):
             for row in rows:
-                last = row["path"]
                 yield StoredFile(
-                    name=last[len(self._prefix) :].lstrip("/"),
+                    name=row["path"][len(self._prefix) :].lstrip("/"),
                     size_bytes=row["size"],
                     modified_at=row["last_modified"].timestamp(),
                 )
-            if not rows:
-                return
 
     def list_names(self, folder: str = "") -> list[str]:
         """Return the names of the objects and folders right in a folder, sorted."""
@@ -191,8 +188,9 @@ class ObjectStorage:
             folder,
             lambda: obstore.list_with_delimiter(self._connection.store, prefix or None),
         )
-        paths = [*found["common_prefixes"], *(row["path"] for row in found["objects"])]
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        paths = {*found["common_prefixes"], *(row["path"] for row in found["objects"])}
+        # Consoles mark an empty folder with an object of its own name.
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths - {prefix})
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -285,10 +283,6 @@ class ObjectStorage:
 
         return self._retried(name, head)
 
-    def _list_some(self, folder: str, after: str | None) -> Sequence[Any]:
-        prefix = self._key(folder) or None
-        return next(obstore.list(self._connection.store, prefix, offset=after), [])
-
     def _retried(
         self, name: str, call: Callable[[], T], *, fence: Callable[[], None] | None = None
     ) -> T:
@@ -333,6 +327,34 @@ class ObjectStorage:
         elif re.search(r"status code: 30\d", str(error)):
             remedy = "Set AWS_REGION to the bucket's region"
         return StorageError(self.describe(name), reason, remedy, is_outage=is_outage)
+
+
+class _Pages:
+    """A listing, page by page, which goes on after a failure where it broke off."""
+
+    def __init__(self, store: Any, prefix: str | None) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._last = prefix
+        self._stream: Any = None
+
+    def read(self) -> list[Any]:
+        """Return the next objects, none at the end."""
+        if self._stream is None:
+            self._stream = obstore.list(
+                self._store, self._prefix, offset=self._last, chunk_size=PAGE_ROWS
+            )
+        try:
+            while page := next(self._stream, None):
+                # What consoles mark folders with is named like one, less the slash, and would
+                # come again and again.
+                if rows := [row for row in page if self._last is None or row["path"] > self._last]:
+                    self._last = rows[-1]["path"]
+                    return rows
+        except BaseError:
+            self._stream = None
+            raise
+        return []
 
 
 class _RangeReader(io.RawIOBase):

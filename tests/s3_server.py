@@ -20,7 +20,7 @@ done it; hang answers nothing."""
 SLOW_DOWN = (
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
-HOP_HEADERS = {"connection", "transfer-encoding", "keep-alive"}
+HOP_HEADERS = {"connection", "transfer-encoding", "keep-alive", "expect"}
 CONDITIONS = {"if-none-match", "if-match"}
 
 

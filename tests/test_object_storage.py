@@ -123,13 +123,29 @@ def test_a_fence_is_asked_before_each_attempt(storage: ObjectStorage, s3: Faulty
     assert len(set(calls)) == 3
 
 
-def test_a_listing_goes_on_where_it_broke_off(storage: ObjectStorage, s3: FaultyS3) -> None:
+def test_a_listing_goes_on_where_it_broke_off(
+    storage: ObjectStorage, s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")  # of one page
+    monkeypatch.setattr("raydiff.object_storage.PAGE_ROWS", 2)
     for index in range(7):
         storage.put(f"many/{index}", b"")
     files = storage.list_files("many")
     first = next(files)
     s3.faults = ["500", "reset"]
     assert [first.name, *(file.name for file in files)] == [f"many/{index}" for index in range(7)]
+    assert not s3.faults
+
+
+def test_marks_of_empty_folders_are_passed_over(storage: ObjectStorage, s3: FaultyS3) -> None:
+    path = f"/bucket/{storage.uri.rpartition('/')[2]}"
+    for mark in ("/", "/inner/"):
+        s3.request("PUT", path + mark)
+    storage.put("inner/a", b"1")
+    assert [file.name for file in storage.list_files("inner")] == ["inner/a"]
+    assert "there" in [file.name for file in storage.list_files()]
+    assert storage.list_names() == ["inner", "there"]
+    assert storage.list_names("inner") == ["a"]
 
 
 def test_a_small_object_is_opened_in_two_requests_or_one(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ class Check:
 
 
 @click.command()
-@click.option("--out", default=".", help="Folder whose disk is checked.")
+@click.option("--out", default=".", help="Folder whose disk is checked, or an object store's URI.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def doctor(out: str, is_json: bool) -> None:
     """Check Python, torch, CUDA, GPUs, Ray, shared memory, disk and the Hub token.
@@ -38,7 +39,7 @@ def doctor(out: str, is_json: bool) -> None:
     raydiff doctor
     raydiff doctor --out /data/renders --json
     """
-    checks = list(_checks(Path(out)))
+    checks = list(_checks(out))
     if is_json:
         click.echo(json.dumps([asdict(check) for check in checks], indent=2))
     else:
@@ -49,7 +50,7 @@ def doctor(out: str, is_json: bool) -> None:
         sys.exit(1)
 
 
-def _checks(out: Path) -> Iterator[Check]:
+def _checks(out: str) -> Iterator[Check]:
     is_new_enough = sys.version_info >= (3, 11)
     yield Check(
         name="Python",
@@ -60,7 +61,7 @@ def _checks(out: Path) -> Iterator[Check]:
         yield _package(package)
     yield from _gpus()
     yield _shared_memory()
-    yield _disk(out)
+    yield _object_store(out) if "://" in out else _disk(Path(out))
     yield _token()
 
 
@@ -103,6 +104,26 @@ def _shared_memory() -> Check:
     state: Literal["ok", "problem"] = "ok" if free >= MIN_SHM_BYTES else "problem"
     remedy = "" if state == "ok" else "; start the container with --shm-size=1g"
     return Check(name="shared memory", state=state, detail=f"{free / GIB:.1f} GiB free{remedy}")
+
+
+def _object_store(uri: str) -> Check:
+    """Try what a run needs of an object store: to list, to write once and to remove."""
+    from raydiff.errors import ConfigError
+    from raydiff.object_storage import ObjectStorage, StorageError
+
+    name = f".doctor-{secrets.token_hex(8)}"
+    try:
+        storage = ObjectStorage(uri)
+        storage.list_names()
+        storage.create(name, b"1")
+        is_conditional = not storage.create(name, b"2")
+        storage.delete([name])
+    except (ConfigError, StorageError) as error:
+        return Check(name="object store", state="problem", detail=str(error))
+    if is_conditional:
+        return Check(name="object store", state="ok", detail=f"{uri} can be written")
+    detail = f"{uri} can be written, but ignores conditional writes: start one run at a time in it"
+    return Check(name="object store", state="warning", detail=detail)
 
 
 def _disk(out: Path) -> Check:

@@ -35,6 +35,9 @@ def test_a_run_is_rendered_and_looked_at(tmp_path: Path, s3: FaultyS3, tiny_sd21
     said = cli("gallery", out, cwd=tmp_path, status=2)
     assert f"aws s3 sync {out} FOLDER" in said.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.parquet", "sheet.png"]
+    checks = json.loads(cli("doctor", "--out", out, "--json", cwd=tmp_path).stdout)
+    (check,) = (check for check in checks if check["name"] == "object store")
+    assert (check["state"], check["detail"]) == ("ok", f"{out} can be written")
 
 
 def test_what_cannot_be_used_is_refused_before_anything_starts(
