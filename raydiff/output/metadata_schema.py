@@ -5,6 +5,7 @@ if the row asked for none; the rest from the RenderResult; then the passed-throu
 """
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import pyarrow as pa
@@ -94,8 +95,8 @@ def build_table(
     rows: Sequence[tuple[ManifestRow, RenderResult]], extra_schema: pa.Schema
 ) -> pa.Table:
     """Return the metadata of ended rows as a table of `metadata_schema(extra_schema)`."""
-    columns = {name: _column(_values(name, rows), type_) for name, type_ in COLUMNS.items()}
-    table = pa.table(columns)
+    values = _values([row for row, _ in rows], [result for _, result in rows])
+    table = pa.table({name: _column(values[name], type_) for name, type_ in COLUMNS.items()})
     if len(extra_schema):
         batches = [_extra(row, extra_schema) for row, _ in rows]
         extra = pa.Table.from_batches(batches, schema=extra_schema).combine_chunks()
@@ -112,25 +113,35 @@ def result_of(values: dict[str, Any]) -> RenderResult:
     )
 
 
-def _values(name: str, rows: Sequence[tuple[ManifestRow, RenderResult]]) -> list[Any]:
-    if name in ROW_COLUMNS:
-        return [getattr(row, name) for row, _ in rows]
-    if name in REQUEST_COLUMNS:
-        return [getattr(row.request, name) if row.request else None for row, _ in rows]
-    match name:
-        case "raydiff_version":
-            return [__version__] * len(rows)
-        case "finished_at":
-            return [_microseconds(result.finished_at) for _, result in rows]
-        case "request_id":
-            return [result.request_id or None for _, result in rows]
-        case "error":
-            return [result.error or row.error for row, result in rows]
-        case _:
-            return [getattr(result, name) for _, result in rows]
+def _values(
+    rows: Sequence[ManifestRow], results: Sequence[RenderResult]
+) -> dict[str, Sequence[Any]]:
+    """Return the values of all COLUMNS."""
+    requests = [row.request for row in rows]
+    values = {
+        **_attributes(requests, tuple(REQUEST_COLUMNS)),
+        **_attributes(rows, tuple(ROW_COLUMNS)),
+        **_attributes(results, RESULT_COLUMNS),
+    }
+    return {
+        **values,
+        "request_id": [request_id or None for request_id in values["request_id"]],
+        "error": [result.error or row.error for row, result in zip(rows, results, strict=True)],
+        "finished_at": [_microseconds(seconds) for seconds in values["finished_at"]],
+        "raydiff_version": [__version__] * len(rows),
+    }
 
 
-def _column(values: list[Any], type_: pa.DataType) -> pa.Array:
+def _attributes(nouns: Sequence[Any], names: tuple[str, ...]) -> dict[str, Sequence[Any]]:
+    """Return attributes of all nouns by name; null for a noun that is None."""
+    read = attrgetter(*names)
+    nothing = (None,) * len(names)
+    lines = [nothing if noun is None else read(noun) for noun in nouns]
+    columns = zip(*lines, strict=True) if lines else [()] * len(names)
+    return dict(zip(names, columns, strict=True))
+
+
+def _column(values: Sequence[Any], type_: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, type_)
     except UnicodeEncodeError:
