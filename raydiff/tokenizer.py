@@ -5,8 +5,9 @@ normaliser and the split into words are CLIP's, whatever a tokenizer.json says.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -112,13 +113,13 @@ def write_tiny_tokenizer(
 ) -> int:
     """Write a real CLIP tokenizer with a small vocabulary, and return the vocabulary's size.
 
-    Each of `words` is one token; all else is spelled. Laid out as CLIP's own: 256 byte symbols ("!" is 0), the same at the end of a word, merges, and
-    last bos and eos. `pad_token` is one of these.
+    Each of `words` is one token; all else is spelled. Laid out as CLIP's own: 256 byte symbols ("!"
+    is 0), the same at the end of a word, merges, and last bos and eos. `pad_token` is one of these.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = list(dict.fromkeys(merge for word in words for merge in _spell(word)))
+    merges = _merges_of(words)
     tokens = [*symbols, *(symbol + WORD_END for symbol in symbols)]
     tokens += [*(left + right for left, right in merges), BOS_TOKEN, EOS_TOKEN]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -140,12 +141,29 @@ def write_tiny_tokenizer(
     return len(vocab)
 
 
-def _spell(word: str) -> Iterable[tuple[str, str]]:
-    """Yield the merges that put a word together from left to right."""
-    left, *rest = [*word[:-1], word[-1] + WORD_END]
-    for right in rest:
-        yield left, right
-        left += right
+def _merges_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return merges, by rank, under which each of `words` is one token.
+
+    A word's own merges come after those of the words before it: what these have joined in it stays
+    joined, and its pieces are joined from left to right.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        left, *rest = _pieces(word, ranks)
+        for right in rest:
+            ranks[left, right] = len(ranks)
+            left += right
+    return list(ranks)
+
+
+def _pieces(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Spell a word under merges, as BPE does: the pair of the lowest rank is joined first."""
+    pieces = [*word[:-1], word[-1] + WORD_END]
+    while known := [pair for pair in pairwise(pieces) if pair in ranks]:
+        best = min(known, key=lambda pair: ranks[pair])
+        place = list(pairwise(pieces)).index(best)
+        pieces[place : place + 2] = ["".join(best)]
+    return pieces
 
 
 def _build(

@@ -28,15 +28,32 @@ def bench() -> None:
 @click.option("--row-ms", default=1.0, show_default=True, help="Time that a row takes.")
 @click.option("--workers", default=2, show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["files", "webdataset"]),
+    default="files",
+    show_default=True,
+)
 @click.option("--out", help="New folder to write to; the default is a temporary one.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def bench_engine(
-    rows: int, row_ms: float, workers: int, batch_size: int, out: str | None, is_json: bool
+    rows: int,
+    row_ms: float,
+    workers: int,
+    batch_size: int,
+    output_format: str,
+    out: str | None,
+    is_json: bool,
 ) -> None:
     """Run rows without a model through driver, Ray, writer and ledger: rows/s and memory.
 
+    Its overhead is the share of the workers' time that does not go into rows, starts and the
+    run's end left out.
+
     \b
     raydiff bench engine
+    raydiff bench engine --row-ms 50 --workers 8 --rows 6000
     raydiff bench engine --rows 1000000
     """
     from raydiff.bench.engine import bench_engine as run
@@ -48,13 +65,15 @@ def bench_engine(
             num_workers=workers,
             batch_size=batch_size,
             row_ms=row_ms,
+            output_format=output_format,
         )
     if is_json:
         click.echo(json.dumps(asdict(report) | {"rss_growth_bytes": report.rss_growth_bytes}))
         return
+    overhead = "" if report.overhead is None else f"overhead {report.overhead:.1%}; "
     click.echo(
         f"{report.rows_per_s:,.0f} rows/s ({rows:,} rows of {row_ms:g} ms, {workers} workers, "
-        f"batches of {batch_size}); driver memory {report.rss_last_bytes / MIB:.0f} MiB, "
+        f"batches of {batch_size}); {overhead}driver memory {report.rss_last_bytes / MIB:.0f} MiB, "
         f"{report.rss_growth_bytes / MIB:+.0f} MiB since row 10,000"
     )
 
@@ -261,7 +280,7 @@ def bench_scaling(
 
 
 @bench.command("mini")
-@click.argument("models", nargs=-1)
+@click.argument("models", nargs=-1, required=True)
 @click.option("--captions", default=400, show_default=True, help="Held-out captions to render.")
 @click.option("--guidance-scale", type=float, help="The default is the model's own.")
 @click.option("--steps", type=int, help="Likewise.")
@@ -279,17 +298,17 @@ def bench_mini(
     sheet: str | None,
     is_json: bool,
 ) -> None:
-    """Render captions that no training has seen with the miniatures, and look at the pictures.
+    """Render captions that no training has seen with the miniatures MODELS, and look at them.
 
     Each share is of the captions for which all objects are right.
 
     \b
-    raydiff bench mini
-    raydiff bench mini mini-sdxl --guidance-scale 1 --sheet pictures.png
+    raydiff bench mini my-models/mini-sd21
+    raydiff bench mini my-models/mini-sdxl --guidance-scale 1 --sheet pictures.png
     """
     from raydiff.bench.mini import bench_mini as run
 
-    for model in models or ("mini-sd21", "mini-sdxl"):
+    for model in models:
         report = run(
             model,
             num_captions=captions,

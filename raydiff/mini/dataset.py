@@ -37,10 +37,13 @@ def make_dataset(num_scenes: int, tokenizers: dict[str, Path]) -> Dataset:
     """Make the first `num_scenes` scenes, on all cores; `tokenizers` are folders."""
     seeds = range(-(-num_scenes // CHUNK_SCENES))
     chunk = partial(_chunk, tokenizers=tokenizers)
-    num_processes = len(os.sched_getaffinity(0))
-    # Spawned, not forked: this process may have started CUDA.
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        chunks = list(pool.map(chunk, seeds))
+    if len(seeds) == 1:
+        chunks = [chunk(0)]
+    else:
+        # Spawned, not forked: this process may have started CUDA.
+        num_processes = len(os.sched_getaffinity(0))
+        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+            chunks = list(pool.map(chunk, seeds))
     return Dataset(
         tables=np.concatenate([one.tables for one in chunks])[:num_scenes],
         input_ids={

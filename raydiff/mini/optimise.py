@@ -1,9 +1,9 @@
-"""One optimiser for all trainings: AdamW under a warm-up and a cosine, gradients clipped, and a
-moving average of the weights."""
+"""One way to optimise for all trainings: AdamW under a warm-up and a cosine, gradients clipped, and
+a moving average of the weights. On a GPU the whole step is one CUDA graph."""
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,76 +11,109 @@ from torch import Tensor, nn
 MAX_GRADIENT = 1.0
 LAST_RATE = 0.02
 """Learning rate at the end, as a part of the highest."""
+WARM_UP_RUNS = 3
+"""Of a step before it is captured, at a learning rate of 0."""
+AVERAGE_EVERY = 10
+"""Steps between two updates of the average."""
 
 
 class Optimiser:
-    """Steps a module's trainable parameters."""
+    """Repeats a step: `loss_of` draws its own random rows, and its gradients move the weights.
+
+    The networks are small, so that starting kernels one by one takes longer than running them: on
+    CUDA a step is captured once and replayed, also its random numbers (torch's default generator).
+    """
 
     def __init__(
         self,
         module: nn.Module,
+        loss_of: Callable[[], Tensor],
+        *,
         learning_rate: float,
         warmup_steps: int,
         num_steps: int,
-        *,
         ema_decay: float | None = None,
     ) -> None:
         self._parameters: list[Tensor] = [one for one in module.parameters() if one.requires_grad]
         self._average = [one.detach().clone() for one in self._parameters]
         self._ema_decay = ema_decay
+        self._loss_of = loss_of
+        self._highest_rate = learning_rate
+        self._warmup_steps = warmup_steps
+        self._num_steps = num_steps
         self._num_done = 0
-        is_cuda = self._parameters[0].is_cuda
+        device = self._parameters[0].device
+        self._rate = torch.zeros((), device=device)
         self._adamw = torch.optim.AdamW(
-            self._parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=is_cuda
+            self._parameters,
+            lr=self._rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=device.type == "cuda",
+            capturable=device.type == "cuda",
+            foreach=None if device.type == "cuda" else False,
         )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adamw, lambda step: _rate(step, warmup_steps, num_steps)
-        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._loss = torch.zeros((), device=device)
+        if device.type == "cuda":
+            self._capture()
 
-    def step(self, loss: Tensor) -> None:
-        """Go one step down the loss."""
+    def step(self) -> Tensor:
+        """Go one step down; return the loss before it, which stays on the device."""
+        self._rate.fill_(self._highest_rate * self._share_of_rate())
+        if self._graph is None:
+            self._loss = self._run()
+        else:
+            self._graph.replay()
+        self._num_done += 1
+        if self._ema_decay is not None and self._num_done % AVERAGE_EVERY == 0:
+            self._update_average(self._ema_decay)
+        return self._loss
+
+    @torch.no_grad()
+    def load_average(self) -> None:
+        """Put the averaged weights into the module."""
+        for average, weights in zip(self._average, self._parameters, strict=True):
+            weights.copy_(average)
+
+    def _run(self) -> Tensor:
+        self._adamw.zero_grad(set_to_none=True)
+        loss = self._loss_of()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT, foreach=True)
         self._adamw.step()
-        self._schedule.step()
+        return loss.detach()
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
         self._adamw.zero_grad(set_to_none=True)
-        self._num_done += 1
-        if self._ema_decay is not None:
-            # The first steps' average forgets faster, or it would remember the random start.
-            decay = min(self._ema_decay, (1 + self._num_done) / (10 + self._num_done))
-            with torch.no_grad():
-                torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = self._run()
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Put the averaged weights into the module for the time being."""
-        own = [one.detach().clone() for one in self._parameters]
-        self.load_average()
-        try:
-            yield
-        finally:
-            _copy(own, self._parameters)
+    @torch.no_grad()
+    def _update_average(self, decay: float) -> None:
+        # The first updates forget faster, or the average would remember the random start.
+        num_updates = self._num_done // AVERAGE_EVERY
+        decay = min(decay**AVERAGE_EVERY, (1 + num_updates) / (10 + num_updates))
+        torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
 
-    def load_average(self) -> None:
-        """Put the averaged weights into the module."""
-        _copy(self._average, self._parameters)
+    def _share_of_rate(self) -> float:
+        step, warmup = self._num_done, self._warmup_steps
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, self._num_steps - warmup)
+        return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def autocast(device: torch.device) -> AbstractContextManager[None]:
     """bfloat16 on CUDA; the CPU trains in float32."""
     if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
+        # The cache of cast weights would tie one step's graph to the weights of another.
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
     return nullcontext()
-
-
-def _rate(step: int, warmup_steps: int, num_steps: int) -> float:
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-@torch.no_grad()
-def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    for old, new in zip(source, target, strict=True):
-        new.copy_(old)

@@ -53,7 +53,7 @@ def train(
         for family, folder in folders.items()
         for name, tokenizer in save_tokenizers(RECIPES[family], folder).items()
     }
-    dataset = make_dataset(max(2000, int(NUM_SCENES * scale)), tokenizers)
+    dataset = make_dataset(max(1, int(NUM_SCENES * scale)), tokenizers)
     say(f"{len(dataset.tables):,} scenes")
     recipe = AutoencoderRecipe()
     recipe = replace(recipe, num_steps=max(1, int(recipe.num_steps * scale)))

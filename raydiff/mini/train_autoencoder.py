@@ -28,15 +28,23 @@ def train_autoencoder(
     vae = AutoencoderKL(AutoencoderKLConfig.from_dict(recipe.config)).to(device)
     vae.requires_grad_(True)
     scenes = torch.from_numpy(tables).to(device)
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    optimiser = Optimiser(vae, recipe.learning_rate, recipe.warmup_steps, recipe.num_steps)
-    loss_of = torch.compile(_loss) if device.type == "cuda" else _loss
-    for step in range(recipe.num_steps):
-        rows = torch.randint(len(scenes), (recipe.batch_size,), device=device, generator=generator)
-        pixels = draw(scenes[rows])
+
+    def loss_of() -> Tensor:
+        rows = torch.randint(len(scenes), (recipe.batch_size,), device=device)
+        with torch.no_grad():
+            pixels = draw(scenes[rows])
         with autocast(device):
-            loss = loss_of(vae, pixels, recipe.kl_weight, recipe.edge_weight)
-        optimiser.step(loss)
+            return _loss(vae, pixels, recipe.kl_weight, recipe.edge_weight)
+
+    optimiser = Optimiser(
+        vae,
+        loss_of,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        num_steps=recipe.num_steps,
+    )
+    for step in range(recipe.num_steps):
+        loss = optimiser.step()
         if (step + 1) % 500 == 0:
             log(f"autoencoder: step {step + 1} of {recipe.num_steps}, loss {loss.item():.4f}")
     vae.requires_grad_(False)

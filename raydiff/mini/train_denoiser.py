@@ -30,6 +30,9 @@ class Denoiser(nn.Module):
             }
         )
         self.unet = UNet(UNetConfig.from_dict(recipe.unet))
+        sizes = torch.tensor([CANVAS, CANVAS, 0, 0, CANVAS, CANVAS])
+        self.sizes: Tensor
+        self.register_buffer("sizes", sizes, persistent=False)
 
     def forward(
         self,
@@ -49,13 +52,12 @@ class Denoiser(nn.Module):
             return cast(Tensor, self.unet(noisy, timesteps, prompt_embeds=embeds))
         keep = (~is_dropped).to(outputs[0].penultimate.dtype)
         embeds = torch.cat([output.penultimate for output in outputs], dim=-1)
-        sizes = torch.tensor([CANVAS, CANVAS, 0, 0, CANVAS, CANVAS], device=noisy.device)
         predicted = self.unet(
             noisy,
             timesteps,
             prompt_embeds=embeds * keep[:, None, None],
             text_embeds=outputs[-1].pooled * keep[:, None],
-            time_ids=sizes.expand(len(noisy), -1),
+            time_ids=self.sizes.expand(len(noisy), -1),
         )
         return cast(Tensor, predicted)
 
@@ -81,32 +83,34 @@ def train_denoiser(
     device = latents.device
     torch.manual_seed(recipe.seed)
     denoiser = Denoiser(recipe, vocab_sizes).to(device)
-    optimiser = Optimiser(
-        denoiser,
-        recipe.learning_rate,
-        recipe.warmup_steps,
-        recipe.num_steps,
-        ema_decay=recipe.ema_decay,
-    )
     alphas = _alphas(recipe).to(device)
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    predict = torch.compile(denoiser) if device.type == "cuda" else denoiser
     is_v = recipe.scheduler["prediction_type"] == "v_prediction"
-    for step in range(recipe.num_steps):
-        rows = _random(len(latents), recipe.batch_size, generator)
+
+    def loss_of() -> Tensor:
+        rows = _random(len(latents), recipe.batch_size, device)
         clean = latents[rows].float()
-        noise = torch.randn(clean.shape, device=device, generator=generator)
-        chance = torch.rand(recipe.batch_size, device=device, generator=generator)
+        noise = torch.randn_like(clean)
+        chance = torch.rand(recipe.batch_size, device=device)
         timesteps = (len(alphas) * chance**recipe.timestep_power).long().clamp(max=len(alphas) - 1)
         alpha = alphas[timesteps][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean if is_v else noise
-        chance = torch.rand(recipe.batch_size, device=device, generator=generator)
-        is_dropped = chance < recipe.caption_dropout
-        ids = _captions(input_ids, empty_ids, rows, is_dropped, generator)
+        is_dropped = torch.rand(recipe.batch_size, device=device) < recipe.caption_dropout
+        ids = _captions(input_ids, empty_ids, rows, is_dropped)
         with autocast(device):
-            loss = F.mse_loss(predict(noisy, timesteps, ids, is_dropped).float(), target)
-        optimiser.step(loss)
+            predicted = denoiser(noisy, timesteps, ids, is_dropped)
+        return F.mse_loss(predicted.float(), target)
+
+    optimiser = Optimiser(
+        denoiser,
+        loss_of,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        num_steps=recipe.num_steps,
+        ema_decay=recipe.ema_decay,
+    )
+    for step in range(recipe.num_steps):
+        loss = optimiser.step()
         if (step + 1) % 1000 == 0:
             log(f"{recipe.family}: step {step + 1} of {recipe.num_steps}, loss {loss.item():.4f}")
     optimiser.load_average()
@@ -118,19 +122,18 @@ def _captions(
     empty_ids: dict[str, Tensor],
     rows: Tensor,
     is_dropped: Tensor,
-    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Take one of each scene's captions, the same for all encoders, or none."""
     num_captions = next(iter(input_ids.values())).shape[1]
-    which = _random(num_captions, len(rows), generator)
+    which = _random(num_captions, len(rows), rows.device)
     return {
         name: torch.where(is_dropped[:, None], empty_ids[name], ids[rows, which]).long()
         for name, ids in input_ids.items()
     }
 
 
-def _random(limit: int, count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(limit, (count,), device=generator.device, generator=generator)
+def _random(limit: int, count: int, device: torch.device) -> Tensor:
+    return torch.randint(limit, (count,), device=device)
 
 
 def _alphas(recipe: Recipe) -> Tensor:

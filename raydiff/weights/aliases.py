@@ -1,8 +1,6 @@
 """Short names of models: one file each in configs/models."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -13,30 +11,18 @@ from raydiff.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alias:
-    """A checkpoint under a short name: a published one, or one that ships with raydiff."""
+    """A published checkpoint under a short name."""
 
     name: str
+    repo: str
+    """Hub id."""
     family: str
     description: str
     licence: str
-    repo: str | None = None
-    """Hub id."""
-    folder: str | None = None
-    """In place of `repo`: a folder of the raydiff package."""
-    gated: bool = False
+    gated: bool
     """Whether the Hub wants an account that has accepted the licence."""
     revision: str | None = None
     """Commit to pin; None is the Hub's default branch."""
-    defaults: Mapping[str, int | float] = field(default_factory=dict)
-    """Settings of a request that does not say, over the family's."""
-
-    @property
-    def path(self) -> Path | None:
-        """Where a checkpoint that ships with raydiff lies; None for one of the Hub."""
-        return None if self.folder is None else PACKAGE / self.folder
-
-
-PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def alias_names() -> list[str]:

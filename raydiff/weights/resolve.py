@@ -3,8 +3,7 @@ before any weight is loaded."""
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,10 +64,6 @@ def resolve_model(
     Raises ModelError for a model that cannot be found, fetched or used, with the way out.
     """
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    defaults: Mapping[str, int | float] = {}
-    if _look(path) != "checkpoint" and name in alias_names():
-        alias = read_alias(name)
-        path, defaults = alias.path or path, alias.defaults
     if _look(path) == "checkpoint":
         if revision is not None:
             raise ModelError(
@@ -77,13 +72,12 @@ def resolve_model(
         path = path.resolve()
         checkpoint = open_checkpoint(path, variant=variant, dtype=dtype)
         files = _files(checkpoint, variant=variant, dtype=dtype)
-        return _info(name, checkpoint, local_revision(files), defaults)
+        return _info(name, checkpoint, local_revision(files))
     repo, pinned = _hub_repo(name, path)
     from raydiff.weights.hub import download_model  # takes 0.3 s, and local names do without
 
     folder, commit = download_model(repo, revision=revision or pinned, variant=variant, dtype=dtype)
-    checkpoint = open_checkpoint(folder, variant=variant, dtype=dtype)
-    return _info(name, checkpoint, commit, defaults)
+    return _info(name, open_checkpoint(folder, variant=variant, dtype=dtype), commit)
 
 
 def _look(path: Path) -> Literal["checkpoint", "folder", "nothing"]:
@@ -113,11 +107,6 @@ def _hub_repo(name: str, path: Path) -> tuple[str, str | None]:
     """Return the Hub id and pinned revision for a name that is no local checkpoint."""
     if name in alias_names():
         alias = read_alias(name)
-        if alias.repo is None:
-            raise ModelError(
-                f"{alias.path}: no checkpoint there, so the installation is incomplete; install "
-                "raydiff again with pip install --force-reinstall raydiff"
-            )
         return alias.repo, alias.revision
     if _look(path) == "folder":
         raise ModelError(
@@ -157,12 +146,8 @@ def _files(checkpoint: Checkpoint, *, variant: Variant, dtype: str) -> dict[str,
     return files
 
 
-def _info(
-    name: str, checkpoint: Checkpoint, revision: str, over: Mapping[str, int | float]
-) -> ModelInfo:
-    """`over` are an alias's own defaults."""
-    values: dict[str, Any] = asdict(FAMILY_DEFAULTS[checkpoint.family]) | dict(over)
-    defaults = FamilyDefaults(**values)
+def _info(name: str, checkpoint: Checkpoint, revision: str) -> ModelInfo:
+    defaults = FAMILY_DEFAULTS[checkpoint.family]
     height, width = _default_size(checkpoint)
     return ModelInfo(
         name=name,

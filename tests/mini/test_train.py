@@ -1,0 +1,99 @@
+"""Training, a few steps of it: what it writes is a pipeline like any other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import raydiff
+from raydiff.errors import OutputError
+from raydiff.mini import train as training
+from raydiff.mini.dataset import make_dataset
+from raydiff.mini.optimise import Optimiser
+from raydiff.mini.recipe import RECIPES, AutoencoderRecipe
+from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
+from raydiff.mini.vocabulary import words
+from raydiff.pipelines.base import Pipeline
+from raydiff.request import RenderRequest, with_request_id
+from raydiff.tokenizer import write_tiny_tokenizer
+
+CPU = torch.device("cpu")
+SMALL_VAE = replace(AutoencoderRecipe(), num_steps=2, batch_size=2)
+
+
+def request(pipeline: Pipeline, prompt: str) -> RenderRequest:
+    info = pipeline.info
+    return with_request_id(
+        RenderRequest(
+            model=info.name,
+            model_revision=info.revision,
+            task="txt2img",
+            prompt=prompt,
+            negative_prompt=None,
+            seed=1,
+            height=info.default_height,
+            width=info.default_width,
+            num_inference_steps=2,
+            guidance_scale=4.0,
+            guidance_rescale=0.0,
+            sampler=info.default_sampler,
+        )
+    )
+
+
+@pytest.mark.parametrize("family", ["sd21", "sdxl"])
+def test_a_miniature_trains_and_renders(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "AutoencoderRecipe", lambda: SMALL_VAE)
+    recipe = replace(RECIPES[family], num_steps=2, batch_size=2)  # type: ignore[index]
+    monkeypatch.setitem(RECIPES, family, recipe)
+    monkeypatch.setattr(training, "NUM_SCENES", 16)
+    (folder,) = training.train(tmp_path, [family], log=lambda text: None)  # type: ignore[list-item]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 5_000_000
+    pipeline = raydiff.load_pipeline(str(folder))
+    assert pipeline.info.default_height == 128
+    rendered = pipeline.render([request(pipeline, "a red circle")])
+    assert rendered.pixels[0].shape == (128, 128, 3)
+    with pytest.raises(OutputError, match="not empty"):
+        training.train(tmp_path, [family])  # type: ignore[list-item]
+
+
+def test_the_autoencoder_is_whitened_without_changing_its_pictures(tmp_path: Path) -> None:
+    write_tiny_tokenizer(tmp_path / "tokenizer", "!", words())
+    tables = make_dataset(64, {"text_encoder": tmp_path / "tokenizer"}).tables
+    vae = train_autoencoder(SMALL_VAE, tables, CPU, lambda text: None)
+    latents = encode_scenes(vae, tables, CPU).float()
+    assert torch.allclose(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=0.02)
+    assert torch.allclose(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=0.02)
+
+
+def test_the_same_seed_gives_the_same_scenes_and_no_held_out_ones(tmp_path: Path) -> None:
+    write_tiny_tokenizer(tmp_path / "tokenizer", "!", words())
+    first, second = (make_dataset(30, {"text_encoder": tmp_path / "tokenizer"}) for _ in range(2))
+    assert np.array_equal(first.tables, second.tables)
+    assert np.array_equal(first.input_ids["text_encoder"], second.input_ids["text_encoder"])
+    assert first.input_ids["text_encoder"].shape == (30, 2, 77)
+
+
+def test_the_optimiser_finds_the_minimum_and_averages_the_way_there() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 1)
+    target = torch.randn(4)
+    inputs = torch.randn(256, 4)
+
+    def loss_of() -> torch.Tensor:
+        rows = torch.randint(256, (64,))
+        return (layer(inputs[rows])[:, 0] - inputs[rows] @ target).square().mean()
+
+    optimiser = Optimiser(
+        layer, loss_of, learning_rate=0.05, warmup_steps=10, num_steps=600, ema_decay=0.9
+    )
+    losses = [optimiser.step().item() for _ in range(600)]
+    assert losses[-1] < 1e-3 * losses[0]
+    last = layer.weight.detach().clone()
+    optimiser.load_average()
+    assert not torch.equal(layer.weight, last)
+    assert torch.allclose(layer.weight[0], target, atol=0.05)
