@@ -50,6 +50,17 @@ def test_an_empty_batcher_gives_nothing() -> None:
     assert not batcher.is_full
 
 
+def test_requests_that_are_put_back_go_first_and_in_their_order() -> None:
+    batcher = batcher_of(*(request(seed, steps=20 + seed % 2) for seed in range(6)))
+    first = batcher.take(4)
+    assert first is not None
+    batcher.put_back(first.requests)
+    assert len(batcher) == 6
+    assert seeds(batcher.take(6)) == sorted(seeds(first)) + [
+        seed for seed in range(6) if seed not in seeds(first)
+    ]
+
+
 def test_a_batch_is_of_one_model_and_size() -> None:
     batcher = batcher_of(
         request(0),

@@ -30,12 +30,6 @@ class EmbedsCache:
         self.pinned_bytes = 0
         """Of them, what live batches need."""
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, text: TextKey) -> bool:
-        return text in self._entries
-
     @property
     def is_full(self) -> bool:
         """Whether live batches alone need all the room."""

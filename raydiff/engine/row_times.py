@@ -25,6 +25,13 @@ class RowTimes:
         self._first_timeout_s = first_timeout_s
         self._longest: dict[Hashable, _Longest] = {}
 
+    @property
+    def shortest_s(self) -> float:
+        """A time that every batch has, so that most need no reckoning."""
+        if self._row_timeout_s != "auto":
+            return self._row_timeout_s
+        return min(MIN_TIMEOUT_S, self._first_timeout_s)
+
     def observe(self, kind: Hashable, *, num_rows: int, num_steps: int, elapsed_s: float) -> None:
         """Take in how long a batch took; `num_steps` are those of all its rows together."""
         longest = self._longest.setdefault(kind, _Longest())

@@ -95,11 +95,6 @@ class Scheduler:
         return not is_over and not self._stages.is_input_full
 
     @property
-    def num_in_flight(self) -> int:
-        """Batches of rows that workers hold."""
-        return self._stages.num_rows_in_flight
-
-    @property
     def worker_states(self) -> dict[str, str]:
         """Per worker: empty, pending (no node has it yet), loading, idle, busy, leaving or lost."""
         return {slot.place.worker_id: slot.shown_state for slot in self._places}

@@ -132,10 +132,10 @@ class Stages:
 
     def lateness(self, slot: Slot, now: float) -> str | None:
         """Say what takes a worker far too long, if its oldest batch does."""
-        if not slot.in_flight:
+        waited_s = now - slot.head_since
+        if not slot.in_flight or waited_s < self._row_times.shortest_s:
             return None
         head: Job = slot.in_flight[0]
-        waited_s = now - slot.head_since
         limit_s = self._row_times.timeout_s(_kind(slot, head), **_size(head))
         if waited_s < limit_s:
             return None

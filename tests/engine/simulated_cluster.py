@@ -216,16 +216,18 @@ class SimulatedCluster:
             self.now += 10_000.0
 
     def come_up(self, worker: SimulatedWorker) -> None:
-        who = {"worker_id": worker.start.worker_id, "incarnation": worker.start.incarnation}
+        worker_id, incarnation = worker.start.worker_id, worker.start.incarnation
         if self.weather.num_start_failures and self.rng.random() < 0.2:
             self.weather.num_start_failures -= 1
             self.fail(worker, "process", "out of memory")
         elif worker.node is None:
             worker.node = self.rng.choice([one for one in self.nodes if not one.is_draining])
-            self.machine.handle(WorkerPlaced(**who), self.now)
+            self.machine.handle(
+                WorkerPlaced(worker_id=worker_id, incarnation=incarnation), self.now
+            )
         else:
             worker.is_ready = True
-            self.machine.handle(ready(**who), self.now)
+            self.machine.handle(ready(worker_id, incarnation), self.now)
 
     def fail(self, worker: SimulatedWorker, cause: Cause, reason: str) -> None:
         del self.workers[worker.start.worker_id]
