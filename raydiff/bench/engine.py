@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydiff.bench.null_model import MODEL
@@ -16,6 +17,7 @@ from raydiff.engine.known_models import KnownModels
 from raydiff.engine.placement import fused_layout
 from raydiff.engine.render import run_manifest
 from raydiff.manifest.reader import open_manifest
+from raydiff.output.ledger import read_results
 from raydiff.output.progress import Progress
 
 RENDERER = "raydiff.bench.null_renderer:NullRenderer"
@@ -40,6 +42,9 @@ class EngineReport:
     rss_first_bytes: int
     """The driver's, after 10,000 rows (or the first progress, if there are fewer)."""
     rss_last_bytes: int
+    overhead: float | None
+    """0..1: share of the workers' time, each from the end of its first batch to that of its last,
+    that did not go into rows; None where rows take no time."""
 
     @property
     def rss_growth_bytes(self) -> int:
@@ -72,7 +77,13 @@ class _Samples:
 
 
 def bench_engine(
-    *, num_rows: int, out: str | Path, num_workers: int = 2, batch_size: int = 16, row_ms: float = 1
+    *,
+    num_rows: int,
+    out: str | Path,
+    num_workers: int = 2,
+    batch_size: int = 16,
+    row_ms: float = 1,
+    output_format: str = "files",
 ) -> EngineReport:
     """Run `num_rows` rows that take `row_ms` each, into the new folder `out`: real, tiny files."""
     out = Path(out)
@@ -84,6 +95,7 @@ def bench_engine(
             "out": str(out),
             "model": {"name": MODEL.name},
             "engine": {"workers": num_workers, "batch_size": batch_size},
+            "output": {"format": output_format},
         }
     )
     summary = run_manifest(
@@ -107,7 +119,21 @@ def bench_engine(
         total_s=summary.elapsed_s,
         rss_first_bytes=samples.rss_first_bytes,
         rss_last_bytes=rss_last,
+        overhead=_overhead(out, row_ms / 1000) if row_ms else None,
     )
+
+
+def _overhead(out: Path, row_s: float) -> float | None:
+    """Compare each worker's time with what its rows alone take; None before second batches."""
+    results = read_results(out, ["worker_id", "batch_size", "finished_at"])
+    ideal_s = wall_s = 0.0
+    for worker_id in pc.unique(results["worker_id"]):
+        rows = results.filter(pc.equal(results["worker_id"], worker_id)).sort_by("finished_at")
+        ended = rows["finished_at"].cast(pa.int64()).to_numpy() / 1e6
+        num_first = rows["batch_size"][0].as_py()
+        ideal_s += (len(ended) - num_first) * row_s
+        wall_s += ended[-1] - ended[num_first - 1]
+    return 1 - ideal_s / wall_s if wall_s else None
 
 
 def write_manifest(path: Path, num_rows: int) -> None:
