@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any, Self
 
+from raydiff.engine.make_room import RoomMaker
 from raydiff.engine.messages import (
     BatchDone,
     DenoiseDone,
@@ -61,6 +62,7 @@ class Driver:
         pool: WorkerPool,
         progress_file: ProgressFile,
         observers: Observers,
+        room: RoomMaker,
         publisher: ShardPublisher | None = None,
         places_now: Callable[[], Sequence[Place]] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -68,8 +70,8 @@ class Driver:
     ) -> None:
         """`total` is the number of images, None if that is known only when all rows are read.
 
-        `publisher` is for results in shards. `places_now` says which places there are, where nodes
-        come while the run goes on.
+        `publisher` is for results in shards. `places_now` says which places the cluster's nodes
+        offer, where they come while the run goes on.
         """
         self._rows = rows
         self._total = total
@@ -80,7 +82,12 @@ class Driver:
         self._progress_file = progress_file
         self._observers = observers
         self._publisher = publisher
+        self._room = room
         self._places_now = places_now
+        self._places: list[Place] = []
+        """As the scheduler was last told."""
+        self._offered: list[Place] = []
+        """By the nodes, when they were last looked at."""
         self._on_progress = on_progress
         self._on_warning = on_warning
         self._inbox: deque[Event] = deque()
@@ -207,7 +214,14 @@ class Driver:
         """Do what is due by the clock."""
         if self._places_now is not None and now - self._refreshed_at >= REFRESH_S:
             self._refreshed_at = now
-            self._scheduler.set_places(self._places_now())
+            offered = list(self._places_now())
+            if offered != self._offered:
+                self._offered = offered
+                self._room.want(offered)
+        places = self._room.places(now)
+        if places != self._places:
+            self._places = places
+            self._scheduler.set_places(places)
         for role, since in self._unplaced_since.items():
             if now - since >= UNPLACED_S:
                 self._unplaced_since[role] = float("inf")
@@ -277,6 +291,7 @@ class Driver:
 
     def _started(self, decision: StartWorker) -> None:
         self._signals.install()
+        self._room.started(decision.role, time.monotonic())
         if decision.role not in self._roles.values():
             self._unplaced_since[decision.role] = time.monotonic()
         self._roles[decision.worker_id] = decision.role
@@ -286,6 +301,7 @@ class Driver:
         self._observers.event(event, now)
         match event:
             case WorkerPlaced():
+                self._room.placed(event.worker_id, self._roles[event.worker_id])
                 self._unplaced_since.pop(self._roles[event.worker_id], None)
             case WorkerReady():
                 self._workers[event.worker_id] = event.info
@@ -298,6 +314,7 @@ class Driver:
                 self._worker_failed(event)
 
     def _worker_failed(self, event: WorkerFailed) -> None:
+        self._room.gone(event.worker_id)
         self._workers.pop(event.worker_id, None)
         # Every call that a dead worker had fails, and each says so.
         if self._failed_incarnations.get(event.worker_id) == event.incarnation:

@@ -13,6 +13,7 @@ from raydiff.engine.cluster import OBJECT_STORE_BYTES, RaySession, joined_sessio
 from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
+from raydiff.engine.make_room import RoomMaker
 from raydiff.engine.messages import Place, Role
 from raydiff.engine.metrics import MetricsObserver
 from raydiff.engine.observers import Observers
@@ -252,6 +253,7 @@ class _Session:
             pool=pool,
             progress_file=ProgressFile(run.storage, epoch=run.lock.epoch, started_at=time.time()),
             observers=self.observers,
+            room=RoomMaker(places(workplace.layout), workplace.layout.by_role),
             publisher=publisher if has_shards else None,
             places_now=workplace.places_now,
             on_progress=on_progress,
