@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -21,19 +21,25 @@ FORMAT_CHARACTERS = {*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x20
 
 def print_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows under their column names, as wide as the terminal."""
+    for line in table_lines(names, rows):
+        click.echo(line)
+
+
+def table_lines(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    """Yield the lines of a table that is as wide as the terminal."""
     width = shutil.get_terminal_size((100, 24)).columns
     header = [printable(name) for name in names]
     cells = [[printable(value) for value in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(header, *cells, strict=True)]
     space = width - GAP * (len(names) - 1)
     if sum(min(one, MIN_COLUMN_WIDTH) for one in widths) > space:
-        _print_blocks(header, cells, width)
+        yield from _blocks(header, cells, width)
         return
     widths = _narrowed(widths, space)
     is_number = [any(_is_number(row[index]) for row in rows) for index in range(len(names))]
     for row in [header, *cells]:
         columns = zip(row, widths, is_number, strict=True)
-        click.echo((" " * GAP).join(_fitted(*column) for column in columns).rstrip())
+        yield (" " * GAP).join(_fitted(*column) for column in columns).rstrip()
 
 
 def printable(value: Any) -> str:
@@ -75,14 +81,14 @@ def _fitted(text: str, width: int, is_number: bool) -> str:
     return padding + text if is_number else text + padding
 
 
-def _print_blocks(header: list[str], cells: list[list[str]], width: int) -> None:
+def _blocks(header: list[str], cells: list[list[str]], width: int) -> Iterator[str]:
     name_width = max(map(cell_len, header))
     for number, row in enumerate(cells, start=1):
-        click.echo(f"row {number}")
+        yield f"row {number}"
         for name, text in zip(header, row, strict=True):
             space = max(width - name_width - 2 * GAP, MIN_COLUMN_WIDTH)
             fitted = _fitted(text, space, is_number=False).rstrip()
-            click.echo(f"  {set_cell_size(name, name_width)}  {fitted}".rstrip())
+            yield f"  {set_cell_size(name, name_width)}  {fitted}".rstrip()
 
 
 def _is_number(value: Any) -> bool:

@@ -2,8 +2,15 @@
 dashboard draws, where messages themselves would be too many to tell apart."""
 
 import re
+from collections import Counter
+from pathlib import Path
 from typing import Literal
 
+import pyarrow.compute as pc
+
+from raydiff.output.lock import METADATA_DIR
+from raydiff.output.part_files import map_parts
+from raydiff.output.storage import open_storage
 from raydiff.request import RenderResult
 
 FailureClass = Literal[
@@ -44,3 +51,20 @@ def failure_class(result: RenderResult) -> FailureClass | None:
         # Its last words may say anything: what it did was to end its workers.
         return "timeout" if found == "timeout" else "crash"
     return found or "other"
+
+
+def count_failures(out: str | Path) -> Counter[FailureClass]:
+    """Count a run's committed rows without an image, by class. Raises OutputError."""
+    counts: Counter[FailureClass] = Counter()
+    tables, _ = map_parts(
+        open_storage(out).folder(METADATA_DIR),
+        ["request_id", "status", "error"],
+        lambda table: table.filter(pc.not_equal(table["status"], "completed")),
+    )
+    for table in tables:
+        for row in table.to_pylist():
+            values = {**row, "request_id": row["request_id"] or ""}
+            found = failure_class(RenderResult(**values))
+            if found is not None:
+                counts[found] += 1
+    return counts
