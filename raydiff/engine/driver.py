@@ -18,6 +18,7 @@ from raydiff.engine.messages import (
     Event,
     FinishRun,
     FlushDone,
+    FlushReply,
     Place,
     Role,
     StartWorker,
@@ -173,16 +174,17 @@ class Driver:
             return
         try:
             while self._inbox:
-                event = self._publish(self._inbox[0])
+                events = self._publish(self._inbox[0])
                 self._inbox.popleft()
-                self._note(event, now)
-                self._scheduler.handle(event, now)
+                for event in events:
+                    self._note(event, now)
+                    self._scheduler.handle(event, now)
             if self._ledger.should_commit(now) or self._outage.is_on:
                 self._ledger.commit()
         except DiskError as error:
             self._outage.failed(error, time.monotonic())
         else:
-            self._outage.succeeded(now)
+            self._outage.succeeded(time.monotonic())
 
     def _commit_rest(self) -> None:
         """Commit what has ended since the last commit, waiting out an outage. Raises DiskError."""
@@ -198,17 +200,26 @@ class Driver:
             while not self._outage.may_try(time.monotonic()):
                 time.sleep(POLL_S)
 
-    def _publish(self, event: Event) -> Event:
-        """Give the shards that a reply tells of their names. Raises DiskError."""
+    def _publish(self, event: Event) -> Sequence[Event]:
+        """Give the shards that a reply tells of their names, and those that a dead worker left:
+        what it had rendered comes before its death. Raises DiskError."""
         if self._publisher is None:
-            return event
+            return [event]
         if isinstance(event, BatchDone):
             results = tuple(self._publisher.publish(event.reply.results))
-            return replace(event, reply=replace(event.reply, results=results))
+            return [replace(event, reply=replace(event.reply, results=results))]
         if isinstance(event, FlushDone):
             results = tuple(self._publisher.publish(event.reply.results))
-            return replace(event, reply=replace(event.reply, results=results))
-        return event
+            return [replace(event, reply=replace(event.reply, results=results))]
+        if isinstance(event, WorkerFailed) and self._is_new_failure(event):
+            rescued = self._publisher.rescue(event.worker_id, lambda one: one not in self._waiting)
+            flushed = FlushDone(
+                worker_id=event.worker_id,
+                incarnation=event.incarnation,
+                reply=FlushReply(results=tuple(rescued)),
+            )
+            return [flushed, event] if rescued else [event]
+        return [event]
 
     def _look_around(self, now: float) -> None:
         """Do what is due by the clock."""
@@ -316,12 +327,15 @@ class Driver:
     def _worker_failed(self, event: WorkerFailed) -> None:
         self._room.gone(event.worker_id)
         self._workers.pop(event.worker_id, None)
-        # Every call that a dead worker had fails, and each says so.
-        if self._failed_incarnations.get(event.worker_id) == event.incarnation:
+        if not self._is_new_failure(event):
             return
         self._failed_incarnations[event.worker_id] = event.incarnation
         if event.error is None:
             self._warn(event.reason)
+
+    def _is_new_failure(self, event: WorkerFailed) -> bool:
+        """Every call that a dead worker had fails, and each says so: tell the first."""
+        return self._failed_incarnations.get(event.worker_id, -1) < event.incarnation
 
     def _warn(self, message: str) -> None:
         self._observers.warning(message)
