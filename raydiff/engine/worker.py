@@ -88,7 +88,7 @@ class Worker:
         self._num_threads = None if num_threads is None else int(num_threads)
         self._limits: dict[_BatchKey, int] = {}
         self._too_large: set[_BatchKey] = set()
-        self._sink: Sink = _open_sink(spec)
+        self._sink: Sink = _open_sink(spec, worker_id)
         self._num_rows = 0
         self._busy = _BusyTime()
         # One thread: renders are first in, first out, and CUDA sees a single caller.
@@ -486,11 +486,11 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def _open_sink(spec: WorkerSpec) -> Sink:
+def _open_sink(spec: WorkerSpec, worker_id: str) -> Sink:
     if spec.output.format == "webdataset":
         from raydiff.output.shards import ShardWriter  # takes what only shards need
 
-        return ShardWriter(spec.out, spec.output)
+        return ShardWriter(spec.out, spec.output, worker_id=worker_id)
     return Writer(spec.out, spec.output)
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -52,10 +52,13 @@ NUM_READERS = 16
 class ShardWriter:
     """Collects a worker's images in one open shard; any number of threads may write at once."""
 
-    def __init__(self, out: str | Path | Storage, config: OutputConfig) -> None:
+    def __init__(
+        self, out: str | Path | Storage, config: OutputConfig, *, worker_id: str = "w"
+    ) -> None:
+        """`worker_id` is what `ShardPublisher.rescue` finds the worker's shards by."""
         self._storage = open_storage(out)
         self._config = config
-        self._prefix = secrets.token_hex(8)
+        self._prefix = f"{_owner(worker_id)}.{secrets.token_hex(8)}"
         self._num_begun = 0
         self._lock = threading.Lock()
         self._shard: OpenShard | None = None
@@ -141,6 +144,8 @@ class ShardPublisher:
         """Numbers of temporary shards, from the moment that their index is in place."""
         self._placed: set[str] = set()
         """Temporary shards whose tar is in place too."""
+        self._rescued: dict[str, list[RenderResult]] = {}
+        """Temporary shards of dead workers, and what was copied from them."""
 
     def adopt(self, ledger_knows: Callable[[str], bool]) -> dict[str, RenderResult]:
         """Put right what the last session left; return results that the ledger does not know.
@@ -158,10 +163,28 @@ class ShardPublisher:
                         if not ledger_knows(result.request_id):
                             found.setdefault(result.request_id, result)
             for name in self._temporary_shards():
-                for result in self._salvage(name, ledger_knows, found):
-                    found[result.request_id] = result
+                results = self._copied(name, lambda one: one in found or ledger_knows(one))
+                found.update({result.request_id: result for result in self.publish(results)})
             self._remove_temporaries()
         return found
+
+    def rescue(self, worker_id: str, is_known: Callable[[str], bool]) -> list[RenderResult]:
+        """Publish what a dead worker had rendered and not handed over; return its results.
+
+        Requests that are known have ended. Call it before the worker's place is filled again. May
+        be called again after a DiskError. Raises EngineError as `publish` does.
+        """
+        with _disk_errors(self._storage, TEMPORARY_DIR):
+            names = self._temporary_shards(_owner(worker_id))
+            for name in names:
+                if name not in self._rescued:
+                    self._rescued[name] = self._copied(name, is_known)
+            results = [result for name in names for result in self._rescued[name]]
+            published = self.publish(results)
+            with suppress(OSError):  # Removed at the end, or by the next session.
+                for name in names:
+                    self._storage.delete([name, temporary_index(name)])
+        return [replace(result, worker_id=worker_id) for result in published]
 
     def publish(self, results: Sequence[RenderResult]) -> list[RenderResult]:
         """Give the temporary shards that `results` name their place; return results that name it.
@@ -170,7 +193,8 @@ class ShardPublisher:
         shard is gone, as it is when another driver has taken the run over.
         """
         names = {result.file_name: None for result in results if is_temporary(result.file_name)}
-        places = {name: self._publish(str(name)) for name in names}
+        # A shard that was rescued is of a dead worker, whose last words nobody heeds.
+        places = {name: self._publish(str(name)) for name in names if name not in self._rescued}
         return [
             replace(result, file_name=places[result.file_name])
             if result.file_name in places
@@ -301,31 +325,33 @@ class ShardPublisher:
             self._last = max(self._published, default=-1)
         return False
 
-    def _temporary_shards(self) -> list[str]:
-        names = self._storage.list_names(TEMPORARY_DIR)
-        return [f"{TEMPORARY_DIR}/{name}" for name in names if name.endswith(".tar")]
+    def _temporary_shards(self, owner: str | None = None) -> list[str]:
+        """Return the names of all temporary shards, or of those of one worker."""
+        tars = [one for one in self._storage.list_names(TEMPORARY_DIR) if one.endswith(".tar")]
+        return [
+            f"{TEMPORARY_DIR}/{name}"
+            for name in tars
+            if owner is None or name.partition(".")[0] == owner
+        ]
 
-    def _salvage(
-        self, name: str, ledger_knows: Callable[[str], bool], found: Container[str]
-    ) -> list[RenderResult]:
-        """Publish the samples of a temporary shard whose requests are not known.
+    def _copied(self, name: str, is_known: Callable[[str], bool]) -> list[RenderResult]:
+        """Copy the samples of a temporary shard whose requests are not known into a new one.
 
-        They are copied: its process may still be alive and writing.
+        Its process may still be alive and writing.
         """
         is_whole = self._storage.size(temporary_index(name)) is not None
         if not is_whole and self._storage.local_path(name) is None:
             return []
-        shard = OpenShard(self._storage, f"{TEMPORARY_DIR}/{secrets.token_hex(8)}-0.tar")
+        shard = OpenShard(self._storage, f"{TEMPORARY_DIR}/.{secrets.token_hex(8)}.tar")
         with self._local_copy(name) as path:
             for sample in find_samples(path, self._num_members):
-                request_id = sample.result.request_id
-                if request_id not in found and not ledger_knows(request_id):
+                if not is_known(sample.result.request_id):
                     shard.append(sample.data, sample.result)
         if not shard.results:
             shard.discard()
             return []
         shard.close()
-        return self.publish(list(shard.results.values()))
+        return list(shard.results.values())
 
     @contextmanager
     def _local_copy(self, name: str) -> Iterator[Path]:
@@ -347,6 +373,11 @@ class ShardPublisher:
 def is_temporary(file_name: str | None) -> bool:
     """Tell whether a result's file is a shard that has no number yet."""
     return file_name is not None and file_name.startswith(f"{TEMPORARY_DIR}/")
+
+
+def _owner(worker_id: str) -> str:
+    """Return the part of a temporary shard's name before the first dot."""
+    return re.sub(r"[^\w-]", "-", worker_id)
 
 
 def _texts(request: RenderRequest, result: RenderResult) -> dict[str, bytes]:

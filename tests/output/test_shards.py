@@ -443,3 +443,39 @@ def test_the_output_folder_itself_is_never_made_again(tmp_path, write):
     with pytest.raises(DiskError, match="ENOENT"):
         write(ShardWriter(tmp_path / "gone", CONFIG), [1])
     assert not (tmp_path / "gone").exists()
+
+
+# -- dead workers ----------------------------------------------------------------------------------
+
+
+def test_what_a_dead_worker_held_is_rescued(tmp_path, make, write):
+    """A shard that it closed without saying so, and an open one; other workers' shards stay."""
+    dead = ShardWriter(tmp_path, CONFIG, worker_id="w1")
+    unheard = write(dead, range(6))
+    other = ShardWriter(tmp_path, CONFIG, worker_id="w11")
+    write(other, range(6, 8))
+    publisher = ShardPublisher(tmp_path, CONFIG)
+    rescued = publisher.rescue("w1", ids(make, [2]).__contains__)
+    assert {one.request_id for one in rescued} == ids(make, [0, 1, 3, 4, 5])
+    assert {one.worker_id for one in rescued} == {"w1"}
+    check_results(tmp_path, rescued)
+    assert publisher.publish(unheard) == unheard  # Its reply comes late: nothing is done.
+    assert publisher.rescue("w1", knows_nothing) == []
+    rest = publisher.publish(other.flush())
+    check_results(tmp_path, rest)
+    assert shards(tmp_path)[1::2] == ["000000.tar", "000001.tar", "000002.tar"]
+
+
+def test_a_rescue_goes_on_after_a_disk_error(tmp_path, make, write):
+    write(ShardWriter(tmp_path, CONFIG, worker_id="w1"), range(6))
+    publisher = ShardPublisher(tmp_path, CONFIG)
+    in_the_way = tmp_path / "shards/000001.tar"
+    in_the_way.mkdir()
+    with pytest.raises(DiskError, match="could not be written"):
+        publisher.rescue("w1", knows_nothing)
+    in_the_way.rmdir()
+    rescued = publisher.rescue("w1", knows_nothing)
+    assert {one.request_id for one in rescued} == ids(make, range(6))
+    assert shards(tmp_path) == ["000000.json", "000000.tar", "000001.json", "000001.tar"]
+    check_results(tmp_path, rescued)
+    assert temporaries(tmp_path) == []
