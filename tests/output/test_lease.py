@@ -96,7 +96,8 @@ def test_a_living_driver_is_not_disturbed(store: ObjectStorage) -> None:
     lease.release()
 
 
-def test_a_dead_process_of_this_host_is_followed_at_once(store: ObjectStorage) -> None:
+def test_a_dead_process_of_this_host_is_followed_at_once(s3: FaultyS3) -> None:
+    store = ObjectStorage(s3.new_uri())
     with start_holder(store, 60.0) as process:
         process.kill()
     assert lock_holder(store) is None
@@ -107,7 +108,8 @@ def test_a_dead_process_of_this_host_is_followed_at_once(store: ObjectStorage) -
     lease.release()
 
 
-def test_a_silent_driver_of_another_host_is_followed_when_stale(store: ObjectStorage) -> None:
+def test_a_silent_driver_of_another_host_is_followed_when_stale(s3: FaultyS3) -> None:
+    store = ObjectStorage(s3.new_uri())
     claim_of_another_host(store, 6)
     holder = lock_holder(store)
     assert holder is not None
