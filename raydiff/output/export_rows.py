@@ -134,7 +134,8 @@ class ExportRows:
             return (DEFAULT_SPLIT,)
         if self._split not in known.names:
             raise _unknown(self._split, known, "--split")
-        if not pa.types.is_string(_portable(known.field(self._split).type)):
+        dtype = _portable(known.field(self._split).type)
+        if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
             raise ConfigError(f"--split {self._split}: it is no text. Name a column of text.")
         found: set[str | None] = set()
         for batch in self._results.to_batches(columns=[self._split], filter=self._is_completed):
@@ -144,13 +145,15 @@ class ExportRows:
                     f"--split {self._split}: it has more than {MAX_SPLITS} values. Name a column "
                     "with a few, such as train and test."
                 )
+        names: list[str] = []
         for value in found:
             if value is None or not SPLIT_NAME.fullmatch(value):
                 raise ConfigError(
                     f"--split {self._split}: {value!r} cannot name a split. Every row needs "
                     "letters, digits and _ there, up to 32, such as train."
                 )
-        return tuple(sorted(found))
+            names.append(value)
+        return tuple(sorted(names))
 
     def _find_endings(self) -> frozenset[str]:
         found: set[str] = set()

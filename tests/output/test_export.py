@@ -33,7 +33,7 @@ pytestmark = [
 
 COLUMNS = pa.schema(
     [
-        ("subset", pa.string()),
+        ("subset", pa.large_string()),
         ("image", pa.int64()),
         ("source_file_name", pa.string()),
         ("tags", pa.list_(pa.string())),
