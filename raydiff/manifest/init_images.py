@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from raydiff.errors import ManifestError, RowError
 from raydiff.manifest.schema import quoted
-from raydiff.object_storage import ObjectStorage, StorageError, is_object_uri
+from raydiff.object_storage import ObjectStorage, StorageError, is_object_uri, split_uri
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +77,7 @@ def _find_object(text: str, root: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=REMEMBERED_IMAGES)
 def _checked_object_sha256(uri: str) -> str:
-    """Decode the image and hash the object. It is taken not to change while a process runs."""
+    """Decode the image and hash the object. It is taken not to change while a run is read."""
     with _opened(uri) as file:
         _decode(file)
         return hashlib.sha256(_object_bytes(uri)).hexdigest()
@@ -85,9 +85,10 @@ def _checked_object_sha256(uri: str) -> str:
 
 @lru_cache(maxsize=NUM_KEPT_OBJECTS)
 def _object_bytes(uri: str) -> bytes:
-    root, _, name = uri.rpartition("/")
+    bucket, name = split_uri(uri)
+    scheme = uri.partition("://")[0]
     try:
-        data = _object_folder(root).read_range(name, 0, MAX_OBJECT_BYTES + 1)
+        data = _bucket(f"{scheme}://{bucket}").read_range(name, 0, MAX_OBJECT_BYTES + 1)
     except StorageError as error:
         if error.is_outage:
             raise ManifestError(f"init_image {error}") from None
@@ -97,9 +98,16 @@ def _object_bytes(uri: str) -> bytes:
     return data
 
 
-@lru_cache(maxsize=64)
-def _object_folder(uri: str) -> ObjectStorage:
-    return ObjectStorage(uri)
+def forget_objects() -> None:
+    """Read images in object stores anew from here on: a run begins."""
+    _checked_object_sha256.cache_clear()
+    _object_bytes.cache_clear()
+
+
+@lru_cache(maxsize=8)
+def _bucket(uri: str) -> ObjectStorage:
+    # Manifest or output come from the store as a rule: an outage is waited out.
+    return ObjectStorage(uri, has_answered=True)
 
 
 @lru_cache(maxsize=REMEMBERED_IMAGES)

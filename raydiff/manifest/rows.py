@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from raydiff.config import RunConfig
 from raydiff.errors import ConfigError, ModelError, RowError
-from raydiff.manifest.init_images import find_init_image
+from raydiff.manifest.init_images import find_init_image, forget_objects
 from raydiff.manifest.reader import Manifest
 from raydiff.manifest.schema import COLUMNS, MAX_SEED, check_value, extra_columns, known_values
 from raydiff.manifest.seeds import derive_seed
@@ -38,6 +38,7 @@ def read_rows(
 def row_rules(manifest: Manifest, config: RunConfig, models: Models) -> "RowRules":
     """Return the rules that the rows of a run keep. Raises ConfigError, ModelError."""
     _run_defaults(config)
+    forget_objects()
     root = config.input.root
     if root is not None and is_object_uri(root):
         split_uri(root)

@@ -151,7 +151,9 @@ def test_an_init_image_that_cannot_be_used_costs_its_row_alone(
 def test_rows_take_init_images_from_the_manifests_own_folder(storage: ObjectStorage) -> None:
     storage.put("m.parquet", parquet(2, init_image=["a.png", "none.png"]))
     storage.put("a.png", png(3))
-    storage.put("elsewhere/a.png", png(4))
+    storage.put("elsewhere/a.png", png(9))
+    find_init_image("elsewhere/a.png", storage.uri)
+    storage.put("elsewhere/a.png", png(4))  # Replaced before the run begins.
     manifest = open_manifest(f"{storage.uri}/m.parquet")
     for root, seed in [(None, 3), (f"{storage.uri}/elsewhere", 4)]:
         config = RunConfig.model_validate({"input": {"root": root}, "model": {"name": "tiny"}})
