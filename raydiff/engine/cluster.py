@@ -30,6 +30,8 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Batches and replies are small; pixels never pass through Ray."""
 CONNECT_S = 15.0
 """Patience with a cluster's head."""
+KNOCK_S = 2.0
+"""Patience with a node whose worker has gone silent."""
 WATCH_S = 1.0
 SILENCE_S = 30.0
 """A head that does not answer for so long is gone; Ray itself ends the process after 60 s."""
@@ -147,6 +149,8 @@ class RaySession:
         self._ray: Any = None
         self._watch: _Watch | None = None
         self._node_id = ""
+        self._unanswering: set[str] = set()
+        """Nodes that have been found dead before the head said so."""
         self.logs = Path()
         """Log folder of this node."""
         self.is_private = is_private
@@ -190,7 +194,17 @@ class RaySession:
 
     def is_alive(self, node_id: str) -> bool:
         """Return whether a node was alive a moment ago."""
-        return node_id in self._watched.nodes
+        return node_id in self._watched.nodes and node_id not in self._unanswering
+
+    def still_answers(self, node_id: str) -> bool:
+        """Return whether a node's raylet takes a connection: the head learns late of a death."""
+        if self.is_alive(node_id):
+            node = self._watched.nodes[node_id]
+            try:
+                socket.create_connection((node.address, node.port), timeout=KNOCK_S).close()
+            except OSError:
+                self._unanswering.add(node_id)
+        return self.is_alive(node_id)
 
     def check_alive(self) -> None:
         """Raise EngineError if the cluster's head has not answered for too long."""
@@ -306,6 +320,7 @@ class _Watch:
             node["NodeID"]: NodeInfo(
                 node_id=node["NodeID"],
                 address=node["NodeManagerAddress"],
+                port=node["NodeManagerPort"],
                 num_cpus=node["Resources"].get("CPU", 0),
                 num_gpus=int(node["Resources"].get("GPU", 0)),
                 object_store_bytes=int(node["Resources"].get("object_store_memory", 0)),

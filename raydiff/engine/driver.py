@@ -108,6 +108,8 @@ class Driver:
         """When the first worker was asked for, of stages that have not had one."""
         self._rows_by_worker: Counter[str] = Counter()
         self._failed_incarnations: dict[str, int] = {}
+        self._leaving: dict[str, int] = {}
+        """Incarnations that are to go with their nodes."""
         self._refreshed_at = self._reported_at = float("-inf")
         self.num_duplicates = 0
         """Rows that took the file of an equal request."""
@@ -317,7 +319,8 @@ class Driver:
             case WorkerReady():
                 self._workers[event.worker_id] = event.info
             case WorkerLeaving():
-                self._warn(event.reason)
+                self._leaving[event.worker_id] = event.incarnation
+                self._warn(f"worker {event.worker_id}: {event.reason}")
             case BatchDone() | DenoiseDone() | EncodeDone():
                 for warning in event.reply.warnings:
                     self._warn(f"worker {event.worker_id}: {warning}")
@@ -330,7 +333,8 @@ class Driver:
         if not self._is_new_failure(event):
             return
         self._failed_incarnations[event.worker_id] = event.incarnation
-        if event.error is None:
+        is_told = self._leaving.get(event.worker_id) == event.incarnation
+        if event.error is None and not (is_told and event.cause == "stopped"):
             self._warn(event.reason)
 
     def _is_new_failure(self, event: WorkerFailed) -> bool:

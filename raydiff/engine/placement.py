@@ -20,6 +20,8 @@ class NodeInfo:
 
     node_id: str
     address: str
+    port: int
+    """Where its raylet listens."""
     num_cpus: float
     num_gpus: int
     object_store_bytes: int

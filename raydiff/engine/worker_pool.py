@@ -358,7 +358,9 @@ class WorkerPool:
         is_node = (
             "node has died" in str(error)
             or error.preempted
-            or (process.where is not None and not self._session.is_alive(process.where.node_id))
+            or (
+                process.where is not None and not self._session.still_answers(process.where.node_id)
+            )
         )
         if is_node:
             address = process.where.address if process.where else "unknown"
@@ -390,7 +392,7 @@ class WorkerPool:
                 yield WorkerLeaving(
                     worker_id=process.worker_id,
                     incarnation=process.incarnation,
-                    reason=f"worker {process.worker_id}: its node {where.address} is being drained",
+                    reason=f"its node {where.address} is being drained",
                 )
 
     def _hung(self, now: float) -> list[Event]:

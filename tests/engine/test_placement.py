@@ -39,6 +39,7 @@ def node(num_cpus: int, num_gpus: int = 0) -> NodeInfo:
     return NodeInfo(
         node_id=f"{num_cpus}-{num_gpus}",
         address="10.0.0.1",
+        port=1,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
         object_store_bytes=2**30,
