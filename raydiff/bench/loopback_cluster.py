@@ -60,13 +60,16 @@ class LoopbackCluster:
 
 
 @contextmanager
-def loopback_cluster() -> Iterator[LoopbackCluster]:
-    """Yield a cluster without nodes; processes started meanwhile can join it by its address."""
+def loopback_cluster(*, has_token: bool = True) -> Iterator[LoopbackCluster]:
+    """Yield a cluster without nodes; processes started meanwhile can join it by its address.
+
+    One without a token is for the test that such a cluster is refused.
+    """
     with (
         session_dir() as folder,
         environ(
             RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-            RAY_AUTH_MODE="token",
+            RAY_AUTH_MODE="token" if has_token else "disabled",
             RAY_AUTH_TOKEN_PATH=str(write_token(folder)),
             RAY_AUTH_TOKEN=None,
             RAY_TMPDIR=str(folder),
