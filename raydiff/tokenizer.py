@@ -4,16 +4,15 @@ Like it, this takes the vocabulary, merges and special tokens from a checkpoint'
 normaliser and the split into words are CLIP's, whatever a tokenizer.json says.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import Field
 from tokenizers import (
     AddedToken,
     Regex,
@@ -26,6 +25,18 @@ from tokenizers import (
 from tokenizers.models import BPE
 
 from raydiff.errors import ModelError
+from raydiff.tokenizer_files import (
+    AddedTokens,
+    NamedTokens,
+    SpecialToken,
+    TokenizerJson,
+    Vocabulary,
+    parse_merges,
+    read_json,
+    read_optional,
+    read_text,
+    write_json,
+)
 
 MAX_LENGTH = 77
 """Positions that CLIP was trained with, bos and eos included."""
@@ -49,8 +60,6 @@ NAMED_TOKENS = {
 """With the defaults, in the order in which transformers adds them to the vocabulary."""
 
 TINY_WORDS = ("the", "of", "and", "with", "on", "photo", "painting", "cat", "dog", "red", "blue")
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +91,7 @@ class CLIPTokenizer:
         """
         folder = Path(folder)
         vocab, merges = _read_vocabulary(folder)
-        config = _read_optional(folder / "tokenizer_config.json", _TokenizerConfig)
+        config = read_optional(folder / "tokenizer_config.json", _TokenizerConfig)
         named, added = _read_special_tokens(folder, config)
         for name, token in named.items():
             if token.content not in vocab and token.content not in added:
@@ -131,12 +140,12 @@ def write_tiny_tokenizer(
         "model_max_length": MAX_LENGTH,
         "tokenizer_class": "CLIPTokenizer",
     }
-    _write_json(folder / "vocab.json", vocab)
+    write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _write_json(folder / "special_tokens_map.json", special_tokens_map)
-    _write_json(folder / "tokenizer_config.json", config)
-    named = _first_named(_NamedTokens.model_validate(special_tokens_map))
+    write_json(folder / "special_tokens_map.json", special_tokens_map)
+    write_json(folder / "tokenizer_config.json", config)
+    named = _first_named(NamedTokens.model_validate(special_tokens_map))
     _build(vocab, merges, named, {}).save(str(folder / "tokenizer.json"))
     return len(vocab)
 
@@ -205,33 +214,18 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
     """Read ids by token, and merges in order of rank."""
     if (folder / "tokenizer.json").exists():
         merges_file = folder / "tokenizer.json"
-        model = _read(merges_file, _TokenizerJson).model
-        return model.vocab, _parse_merges(model.merges, model.vocab, merges_file)
+        model = read_json(merges_file, TokenizerJson).model
+        return model.vocab, parse_merges(model.merges, model.vocab, merges_file)
     if not (folder / "vocab.json").exists():
         raise ModelError(
             f"tokenizer {folder}: neither tokenizer.json nor vocab.json is there; "
             "expected the tokenizer folder of a diffusers pipeline"
         )
     merges_file = folder / "merges.txt"
-    vocab = _read(folder / "vocab.json", _Vocabulary)
-    lines = _read_text(merges_file).split("\n")
+    vocab = read_json(folder / "vocab.json", Vocabulary)
+    lines = read_text(merges_file).split("\n")
     lines = [line for line in lines if line and not line.startswith("#version")]
-    return vocab, _parse_merges(lines, vocab, merges_file)
-
-
-def _parse_merges(
-    lines: Sequence[str | tuple[str, str]], vocab: Mapping[str, int], path: Path
-) -> list[tuple[str, str]]:
-    merges = []
-    for rank, line in enumerate(lines, start=1):
-        parts = line.split(" ") if isinstance(line, str) else line
-        if len(parts) != 2 or not vocab.keys() >= {*parts, "".join(parts)}:
-            raise ModelError(
-                f"{path}: merge {rank} is {line!r}; expected two tokens of the vocabulary that "
-                "join to a third"
-            )
-        merges.append((parts[0], parts[1]))
-    return merges
+    return vocab, parse_merges(lines, vocab, merges_file)
 
 
 def _read_special_tokens(
@@ -245,113 +239,31 @@ def _read_special_tokens(
     if config.added_tokens_decoder is not None:
         named, listed = _first_named(config), config.added_tokens_decoder
     else:
-        special_tokens_map = _read_optional(folder / "special_tokens_map.json", _NamedTokens)
+        special_tokens_map = read_optional(folder / "special_tokens_map.json", NamedTokens)
         named = _first_named(special_tokens_map, config)
         contents = {token.content for token in named.values()}
-        extra = _read_optional(folder / "added_tokens.json", _Vocabulary)
+        extra = read_optional(folder / "added_tokens.json", Vocabulary)
         listed = {
-            id_: _Token(content=text, special=text in contents) for text, id_ in extra.items()
+            id_: SpecialToken(content=text, special=text in contents) for text, id_ in extra.items()
         }
-        serialized = _read_optional(folder / "tokenizer.json", _AddedTokens)
+        serialized = read_optional(folder / "tokenizer.json", AddedTokens)
         listed |= {token.id: token for token in serialized.added_tokens}
     added = [token for _, token in sorted(listed.items())]
     return named, {token.content: token.to_added(is_special=token.special) for token in added}
 
 
-def _first_named(*sources: "_NamedTokens") -> dict[str, AddedToken]:
+def _first_named(*sources: "NamedTokens") -> dict[str, AddedToken]:
     """Take each named token from the first source that has it."""
     tokens = {}
     for name, default in NAMED_TOKENS.items():
         given = (getattr(source, name) for source in sources)
-        token: _Token = next(filter(None, given), _Token(content=default))
+        token: SpecialToken = next(filter(None, given), SpecialToken(content=default))
         tokens[name] = token.to_added(is_special=True)
     return tokens
 
 
-class _Token(BaseModel):
-    """One special token: its text and how it is looked for in a prompt."""
-
-    content: str = Field(min_length=1)
-    id: int = -1
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool | None = None
-
-    def to_added(self, *, is_special: bool) -> AddedToken:
-        return AddedToken(
-            self.content,
-            special=is_special,
-            lstrip=self.lstrip,
-            rstrip=self.rstrip,
-            single_word=self.single_word,
-            normalized=not is_special if self.normalized is None else self.normalized,
-        )
-
-
-def _from_text(value: Any) -> Any:
-    return {"content": value} if isinstance(value, str) else value
-
-
-_TokenOrText = Annotated[_Token, BeforeValidator(_from_text)]
-_Vocabulary = dict[str, Annotated[int, Field(ge=0, lt=2**32)]]
-
-
-class _NamedTokens(BaseModel):
-    """special_tokens_map.json."""
-
-    bos_token: _TokenOrText | None = None
-    eos_token: _TokenOrText | None = None
-    unk_token: _TokenOrText | None = None
-    pad_token: _TokenOrText | None = None
-
-
-class _TokenizerConfig(_NamedTokens):
+class _TokenizerConfig(NamedTokens):
     """tokenizer_config.json."""
 
-    added_tokens_decoder: dict[int, _Token] | None = None
+    added_tokens_decoder: dict[int, SpecialToken] | None = None
     model_max_length: float = Field(MAX_LENGTH, ge=3)
-
-
-class _AddedTokens(BaseModel):
-    """The special tokens of tokenizer.json."""
-
-    added_tokens: list[_Token] = []
-
-
-class _BPEModel(BaseModel):
-    vocab: _Vocabulary
-    merges: list[str | tuple[str, str]]
-
-
-class _TokenizerJson(BaseModel):
-    """The vocabulary of tokenizer.json."""
-
-    model: _BPEModel
-
-
-def _read_optional(path: Path, schema: type[_T]) -> _T:
-    return _read(path, schema) if path.exists() else schema()
-
-
-def _read(path: Path, schema: type[_T]) -> _T:
-    try:
-        return TypeAdapter(schema).validate_json(_read_text(path))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ModelError(f"{path}: {where}: {problem['msg']}".replace(": : ", ": ")) from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
