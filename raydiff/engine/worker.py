@@ -8,6 +8,7 @@ a worker does some of the stages, and what it makes goes on to other workers.
 import asyncio
 import os
 import platform
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -84,8 +85,7 @@ class Worker:
         self._spec = spec
         self._node = platform.node()
         self._device = ""
-        num_threads = spec.environ.get("OMP_NUM_THREADS")
-        self._num_threads = None if num_threads is None else int(num_threads)
+        self._num_threads: int | None = None
         self._limits: dict[_BatchKey, int] = {}
         self._too_large: set[_BatchKey] = set()
         self._sink: Sink = _open_sink(spec, worker_id)
@@ -98,6 +98,7 @@ class Worker:
     async def start(self) -> WorkerInfo:
         """Load the model."""
         self._device = await self._in_render_thread(self._start_renderer)
+        self._num_threads = await self._in_render_thread(_num_torch_threads)
         return WorkerInfo(node=self._node, device=self._device, pid=os.getpid())
 
     async def render(self, batch: RenderBatch) -> BatchReply:
@@ -484,6 +485,12 @@ def _describe(error: Exception) -> str:
     if trace is not None:
         where = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
     return f"{type(error).__name__}: {error}{where}"
+
+
+def _num_torch_threads() -> int | None:
+    """Return the CPU threads that torch computes with here, None where nothing needs torch."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else int(torch.get_num_threads())
 
 
 def _open_sink(spec: WorkerSpec, worker_id: str) -> Sink:
