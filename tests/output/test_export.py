@@ -22,6 +22,7 @@ from PIL import Image
 from raydiff.errors import ConfigError, OutputError
 from raydiff.output.export import UNFINISHED, export_run
 from raydiff.output.ledger import read_results
+from raydiff.output.scores import FileScore, ScoreTable
 from tests.cli.command import cli
 from tests.output.generated_runs import random_pixels, write_run
 
@@ -253,6 +254,17 @@ def test_an_image_of_several_rows_is_exported_once(tmp_path):
     out = write_run(tmp_path / "out", rows, columns=pa.schema([("subset", pa.string())]))
     assert export_run(out, tmp_path / "x", to="imagefolder").num_samples == {"train": 3}
     assert pq.read_table(tmp_path / "x/train/metadata.parquet").num_rows == 3
+
+
+def test_scores_are_columns(tmp_path):
+    out = write_run(tmp_path / "out", [{"seed": n} for n in range(5)])
+    with ScoreTable(out, "light", hook="hooks:light", arguments={}) as table:
+        for row in read_results(out).to_pylist()[1:]:
+            table.add(FileScore(request_id=row["request_id"], values={"light": row["seed"] / 2}))
+        table.commit()
+    export_run(out, tmp_path / "x", to="hf-parquet", columns=["seed", "light"])
+    found = pq.read_table(tmp_path / "x/data/train-00000.parquet").select(["seed", "light"])
+    assert found.to_pylist() == [{"seed": n, "light": n / 2 if n else None} for n in range(5)]
 
 
 def test_no_path_of_the_machine_is_exported(tmp_path):
