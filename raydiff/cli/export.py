@@ -20,7 +20,13 @@ MAX_PROBLEMS = 20
     required=True,
     help="Tars; a folder of images; Parquet with the images inside.",
 )
-@click.option("--dest", metavar="DIR", required=True, help="A new or empty folder, or s3://...")
+@click.option(
+    "--dest",
+    type=click.Path(),
+    metavar="DIR",
+    required=True,
+    help="A new or empty folder, or s3://...",
+)
 @click.option(
     "--columns",
     metavar="NAMES",

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.argument("request_id")
 @click.option("--to", type=click.Path(path_type=Path), help="Write the new file here.")
-@click.option("--model", help="Where the run's model is now, if it moved.")
+@click.option("--model", type=click.Path(), help="Where the run's model is now, if it moved.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def reproduce(out: str, request_id: str, to: Path | None, model: str | None, is_json: bool) -> None:
     """Render REQUEST_ID of the run in OUT again and compare it with the run's own file.

@@ -13,12 +13,12 @@ MAX_SHOWN = 20
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.option("--quarantined", is_flag=True, help="Also rows whose workers died.")
 @click.option("--matching", metavar="TEXT", default="", help="Only rows whose error has TEXT.")
 @click.option("--dry-run", is_flag=True, help="List them, change nothing.")
-@click.option("--manifest", metavar="FILE", help="Where the run's manifest is now, if it moved.")
-@click.option("--model", help="Where the run's model is now, if it moved.")
+@click.option("--manifest", type=click.Path(), help="Where the run's manifest is now, if it moved.")
+@click.option("--model", type=click.Path(), help="Where the run's model is now, if it moved.")
 @click.option(
     "--set",
     "overrides",

@@ -17,7 +17,7 @@ COLUMNS = ("worker_id", "role", "state", "node", "device", "pid", "rows")
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.option("--watch", is_flag=True, help="Show it again every 2 seconds until the run ends.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def status(out: str, watch: bool, is_json: bool) -> None:

@@ -26,7 +26,7 @@ def sample_size(
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", type=click.Path())
 @click.option(
     "--rerender",
     "sample",
