@@ -122,12 +122,14 @@ def rotate(x: Tensor, rotation: Rotation, rope_type: Literal["split", "interleav
     cos, sin = rotation
     if rope_type == "split":
         first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     else:
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        turned = turned.flatten(-2)
-    return turned.to(x.dtype)
+    # The rotation's fp32 makes these fp32 too, without a copy of x in fp32.
+    turned_first = torch.addcmul(first * cos, second, sin, value=-1).to(x.dtype)
+    turned_second = torch.addcmul(second * cos, first, sin).to(x.dtype)
+    if rope_type == "split":
+        return torch.cat([turned_first, turned_second], dim=-1)
+    return torch.stack([turned_first, turned_second], dim=-1).flatten(-2)
 
 
 def _angles(config: LTX2TransformerConfig, axes: Sequence[Tensor], dim: int) -> list[Tensor]:
