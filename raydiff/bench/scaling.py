@@ -1,4 +1,4 @@
-"""How a run scales with its workers: the same model, manifest and files on one GPU, then on more."""
+"""How a run scales with its workers: the same model and files on one GPU, then on more."""
 
 import json
 from collections.abc import Iterator, Sequence
