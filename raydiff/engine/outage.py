@@ -14,9 +14,9 @@ class Outage:
     """Says when to write again after a failure, and when to give up."""
 
     def __init__(
-        self, *, patience_s: float = PATIENCE_S, on_warning: Callable[[str], None]
+        self, *, patience_s: float | None = None, on_warning: Callable[[str], None]
     ) -> None:
-        self._patience_s = patience_s
+        self._patience_s = PATIENCE_S if patience_s is None else patience_s
         self._on_warning = on_warning
         self._since: float | None = None
         self._retry_at = 0.0

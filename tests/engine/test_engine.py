@@ -220,3 +220,99 @@ def test_a_disk_that_fails_ends_the_run_and_it_can_be_continued(
     assert 20 <= num_done < 300
     assert statuses(out) == {"completed": num_done}
     assert visible_gpus(log) == {""}
+
+
+def test_an_output_that_cannot_be_written_for_a_while_is_waited_for(
+    tmp_path: Path, write_prompts: WritePrompts, drive: Drive
+) -> None:
+    manifest = write_prompts([f"prompt {number}" for number in range(200)])
+    out, log = tmp_path / "out", tmp_path / "renders.log"
+    warnings: list[str] = []
+    broken_at = 0.0
+
+    def break_and_repair(progress: Progress) -> None:
+        nonlocal broken_at
+        if not broken_at and progress.done >= 20:
+            (out / "metadata").rename(tmp_path / "metadata")
+            (out / "metadata").touch()
+            broken_at = time.monotonic()
+        elif (out / "metadata").is_file() and time.monotonic() > broken_at + 2:
+            (out / "metadata").unlink()
+            (tmp_path / "metadata").rename(out / "metadata")
+
+    summary = drive(
+        manifest, out, log, row_ms=5, on_progress=break_and_repair, on_warning=warnings.append
+    )
+    assert (summary.completed, summary.exit_status) == (200, 0)
+    assert sum("could not be written" in warning for warning in warnings) == 1
+    assert sum("The output can be written again" in warning for warning in warnings) == 1
+    # Nobody rendered a row twice for it.
+    assert set(rendered(log).values()) == {1}
+    assert not [problem for problem in Verification(out) if problem.is_error]
+
+
+def test_a_head_that_is_gone_ends_the_run_and_it_can_be_continued(
+    tmp_path: Path, write_prompts: WritePrompts, drive: Drive
+) -> None:
+    manifest = write_prompts([f"prompt {number}" for number in range(2000)])
+    out, log = tmp_path / "out", tmp_path / "renders.log"
+    program = Path(__file__).with_name("lose_head.py")
+    run = subprocess.run(
+        [sys.executable, str(program), str(manifest), str(out), str(log)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 3, run.stderr
+    assert "the head of the Ray cluster has not answered for" in run.stdout
+    assert read_progress(out).state == "stopped"
+    num_done = read_results(out).num_rows
+    assert 20 <= num_done < 2000
+    summary = drive(manifest, out, log, engine={"batch_size": 16})
+    assert (summary.completed, summary.ended) == (2000, 2000 - num_done)
+
+
+IMPATIENT = """
+import sys
+from pathlib import Path
+from raydiff.engine import outage
+from drive import drive
+
+outage.PATIENCE_S = 3
+drive(*map(Path, sys.argv[1:]), row_ms=10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "command", "reason"),
+    [("300k", "true", "ENOSPC"), ("100m", "chattr -R +i images metadata", "EPERM")],
+    ids=["full", "read-only"],
+)
+def test_a_disk_that_is_full_or_read_only_leaves_a_run_that_can_be_continued(
+    tmp_path: Path, write_prompts: WritePrompts, drive: Drive, size: str, command: str, reason: str
+) -> None:
+    disk, log, saved = tmp_path / "disk", tmp_path / "renders.log", tmp_path / "saved"
+    disk.mkdir()
+    manifest = write_prompts([f"prompt {number}" for number in range(400)])
+    program = tmp_path / "impatient.py"
+    program.write_text(IMPATIENT)
+    script = f"""
+        mount -t tmpfs -o size={size} tmpfs {disk} || exit 77
+        (for second in {{1..60}}; do [ -f {log} ] && break; sleep 1; done
+         cd {disk}/out && {command}) &
+        {sys.executable} {program} {manifest} {disk}/out {log} 2> {tmp_path}/stderr
+        wait; cp -r {disk}/out {saved}
+    """
+    run = subprocess.run(["unshare", "--mount", "bash", "-c", script], check=False, timeout=200)
+    if run.returncode in (1, 77):
+        pytest.skip("mounting a disk of its own needs root")
+    said = (tmp_path / "stderr").read_text()
+    assert "DiskError" in said
+    assert reason in said
+    assert "the same command then continues the run" in said
+    num_done = read_results(saved).num_rows
+    assert num_done < 400
+    summary = drive(manifest, saved, log)
+    assert (summary.completed, summary.ended) == (400, 400 - num_done)
+    assert not [problem for problem in Verification(saved) if problem.is_error]
