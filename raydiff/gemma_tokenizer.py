@@ -36,6 +36,7 @@ NAMED_TOKENS = {
     "eos_token": "<eos>",
     "bos_token": "<bos>",
     "unk_token": "<unk>",
+    "mask_token": "<mask>",
 }
 """Gemma's own, in the order of their ids, which begin at 0."""
 
@@ -88,10 +89,7 @@ class GemmaTokenizer:
         path = folder / "tokenizer.json"
         content = read_json(path, _TokenizerJson)
         config = read_optional(folder / "tokenizer_config.json", _TokenizerConfig)
-        named = {
-            name: getattr(config, name) or SpecialToken(content=default)
-            for name, default in NAMED_TOKENS.items()
-        }
+        named = _named(config, content, path)
         merges = parse_merges(content.model.merges, content.model.vocab, path)
         backend = _build(content.model.vocab, merges, named, content.added_tokens)
         ids = backend.get_vocab()
@@ -101,12 +99,7 @@ class GemmaTokenizer:
                     f"{path}: added token {token.content!r} has id {token.id}; after those before "
                     f"it, it must be {ids[token.content]}"
                 )
-        bos, eos = ids[named["bos_token"].content], ids[named["eos_token"].content]
-        if config.add_bos_token is None and config.add_eos_token is None:
-            prefix, suffix = _around(content, ids, path)
-        else:
-            prefix = [bos] if config.add_bos_token else []
-            suffix = [eos] if config.add_eos_token else []
+        prefix, suffix = _around(content, ids, path)
         return cls(
             backend,
             pad_token_id=ids[named["pad_token"].content],
@@ -145,7 +138,7 @@ def write_tiny_gemma_tokenizer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merges = list(dict.fromkeys(merge for word in words for merge in _spell(word)))
-    tokens = [*NAMED_TOKENS.values(), "<mask>"]
+    tokens = list(NAMED_TOKENS.values())
     tokens += [f"<0x{byte:02X}>" for byte in range(256)]
     tokens += [SPACE, *map(chr, range(0x21, 0x7F)), *(left + right for left, right in merges)]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -172,6 +165,19 @@ def _spell(word: str) -> list[tuple[str, str]]:
     """Return the merges that put a word together from left to right, then a space before it."""
     joined = [(word[:end], word[end]) for end in range(1, len(word))]
     return [*joined, (SPACE, word)]
+
+
+def _named(
+    config: "_TokenizerConfig", content: "_TokenizerJson", path: Path
+) -> dict[str, SpecialToken]:
+    """Return the named tokens by name: the config's, or Gemma's own."""
+    known = {*content.model.vocab, *(token.content for token in content.added_tokens)}
+    named = {}
+    for name, default in NAMED_TOKENS.items():
+        named[name] = getattr(config, name) or SpecialToken(content=default)
+        if named[name].content not in known:
+            raise ModelError(f"{path}: {name} {named[name].content!r} is not in the vocabulary")
+    return named
 
 
 def _build(
@@ -202,7 +208,8 @@ def _build(
 def _around(
     content: "_TokenizerJson", ids: Mapping[str, int], path: Path
 ) -> tuple[list[int], list[int]]:
-    """Read what the post processor puts before and after a prompt."""
+    """Read what the post processor puts before and after a prompt: it has the last word, whatever
+    a tokenizer_config.json says of bos and eos."""
     sides: tuple[list[int], list[int]] = ([], [])
     is_after = False
     for piece in content.post_processor.single if content.post_processor else ():
@@ -223,8 +230,6 @@ class _TokenizerConfig(NamedTokens):
 
     tokenizer_class: Literal["GemmaTokenizer", "GemmaTokenizerFast"] = "GemmaTokenizer"
     model_max_length: float = Field(MAX_LENGTH, ge=2)
-    add_bos_token: bool | None = None
-    add_eos_token: bool | None = None
 
 
 class _PieceToken(BaseModel):

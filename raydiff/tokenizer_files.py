@@ -52,6 +52,7 @@ class NamedTokens(BaseModel):
     eos_token: _TokenOrText | None = None
     unk_token: _TokenOrText | None = None
     pad_token: _TokenOrText | None = None
+    mask_token: _TokenOrText | None = None
 
 
 class AddedTokens(BaseModel):
