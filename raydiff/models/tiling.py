@@ -53,7 +53,7 @@ def tiled_decode(vae: AutoencoderKL, latents: Tensor, *, tile_size: int, overlap
     Raises ConfigError for a size that is no multiple of 8 and an overlap as large as the tile.
     """
     scale = vae.config.downscale
-    tiles = _tiles(latents.shape[2], latents.shape[3], tile_size, overlap, scale)
+    tiles = cover(latents.shape[2], latents.shape[3], tile_size, overlap, scale)
     if len(tiles) == 1:
         return vae.decode(latents)
     images = []
@@ -67,7 +67,7 @@ def tiled_encode(vae: AutoencoderKL, pixels: Tensor, *, tile_size: int, overlap:
     """Return about `vae.encode(pixels)`: (B, 3, H, W) -> (B, C, h, w); see `tiled_decode`."""
     scale = vae.config.downscale
     height, width = pixels.shape[2] // scale, pixels.shape[3] // scale
-    tiles = _tiles(height, width, tile_size, overlap, scale)
+    tiles = cover(height, width, tile_size, overlap, scale)
     if len(tiles) == 1:
         return vae.encode(pixels)
     moments = []
@@ -92,7 +92,7 @@ def _downsample(vae: AutoencoderKL, pixels: Tensor, tile: Tile) -> Tensor:
     return vae.downsample(pixels[:, :, rows, columns])
 
 
-def _tiles(height: int, width: int, tile_size: int, overlap: int, scale: int) -> list[Tile]:
+def cover(height: int, width: int, tile_size: int, overlap: int, scale: int) -> list[Tile]:
     for name, value in (("tile_size", tile_size), ("overlap", overlap)):
         if value % scale:
             raise ConfigError(
@@ -146,14 +146,14 @@ def _blend(
                 slice(span.start * scale, span.stop * scale) for span in (tile.rows, tile.columns)
             )
             row_weights, column_weights = (
-                _weights(span, scale, part.device) for span in (tile.rows, tile.columns)
+                shares(span, scale, part.device) for span in (tile.rows, tile.columns)
             )
             weights = row_weights[:, None] * column_weights
             blended[:, :, rows, columns] += part * weights
     return blended.to(part.dtype)
 
 
-def _weights(span: Span, scale: int, device: torch.device) -> Tensor:
+def shares(span: Span, scale: int, device: torch.device) -> Tensor:
     """A tile's share of each row or column of the output; the shares of all tiles add up to 1."""
     length = (span.stop - span.start) * scale
     positions = span.start + (torch.arange(length, device=device) + 0.5) / scale

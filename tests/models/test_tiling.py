@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from raydiff.errors import ConfigError
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from raydiff.models.tiling import _core, _spans, _weights, tiled_decode, tiled_encode
+from raydiff.models.tiling import _core, _spans, shares, tiled_decode, tiled_encode
 
 BLOCKS = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -208,7 +208,7 @@ def test_shares_add_up_and_cores_part_the_image(tile, scale):
             shares = torch.zeros(size * scale)
             cores = torch.zeros(size * scale * 2, dtype=torch.int64)
             for span in spans:
-                weights = _weights(span, scale, torch.device("cpu"))
+                weights = shares(span, scale, torch.device("cpu"))
                 assert weights.min() >= 0
                 shares[span.start * scale : span.stop * scale] += weights
                 pixels = length * scale * 2
