@@ -1,35 +1,33 @@
 """raydiff.render: a manifest into an output folder, on every GPU there is."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raydiff.config import RunConfig
-from raydiff.engine.cluster import OBJECT_STORE_BYTES, RaySession, joined_session, private_session
 from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
 from raydiff.engine.make_room import RoomMaker
-from raydiff.engine.messages import Place, Role
+from raydiff.engine.messages import Role
 from raydiff.engine.metrics import MetricsObserver
 from raydiff.engine.observers import Observers
-from raydiff.engine.placement import cluster_layout, grown, local_layout, places
-from raydiff.engine.plan import count_images, open_rows, profile_on
-from raydiff.engine.ray_session import free_shm_bytes
+from raydiff.engine.placement import places
+from raydiff.engine.plan import count_images, open_rows
 from raydiff.engine.run_log import RunLog
 from raydiff.engine.scheduler import Scheduler
 from raydiff.engine.shared_out import visible_mark
 from raydiff.engine.summary import SessionSummary, SummaryObserver
 from raydiff.engine.worker import WorkerSpec
 from raydiff.engine.worker_pool import WorkerPool
+from raydiff.engine.workplace import Workplace, open_workplace
 from raydiff.errors import ConfigError, EngineError, InputError, RaydiffError
 from raydiff.manifest.reader import Manifest
 from raydiff.manifest.rows import extra_schema, read_rows
-from raydiff.memory.gpus import visible_gpus
 from raydiff.output.failed_rows import FailedRows, drop_failed_rows
 from raydiff.output.ledger import Ledger
 from raydiff.output.progress import Progress, ProgressFile
@@ -39,11 +37,6 @@ from raydiff.output.storage import open_storage
 
 RENDERER = "raydiff.engine.renderers:PipelineRenderer"
 MAX_WRITE_THREADS = 4
-LATENTS_BYTES = 256 * 2**20
-"""Room in a private object store for the latents of batches between two stages."""
-MIN_EMBEDS_BYTES = 64 * 2**20
-EMBEDS_SHARE = 0.5
-"""Most of a node's object store that embeddings may fill."""
 
 OnProgress = Callable[[Progress], None]
 OnWarning = Callable[[str], None]
@@ -139,7 +132,7 @@ def run_manifest(
     # What no row could be rendered with is refused here, before the folder is touched.
     read_rows(manifest, config=config, models=models)
     with (
-        _workplace(config, models, layout) as workplace,
+        open_workplace(config, models, layout) as workplace,
         _start(manifest, config, models) as run,
         ExitStack() as stack,
     ):
@@ -185,7 +178,7 @@ class _Session:
         self,
         run: Run,
         ledger: Ledger,
-        workplace: "_Workplace",
+        workplace: Workplace,
         *,
         config: RunConfig,
         on_warning: OnWarning | None,
@@ -261,75 +254,7 @@ class _Session:
         )
 
 
-# -- where the workers are -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Workplace:
-    """The Ray of a run, and which workers it is to have there."""
-
-    session: RaySession
-    layout: ClusterLayout
-    embeds_cache_bytes: int
-    places_now: Callable[[], Sequence[Place]] | None = None
-    """For a cluster whose nodes say how many workers there are."""
-
-
-@contextmanager
-def _workplace(
-    config: RunConfig, models: KnownModels, layout: ClusterLayout | None
-) -> Iterator[_Workplace]:
-    """Choose the workers, and join the cluster if there is one to join. Raises ConfigError."""
-    engine = config.engine
-    wanted_bytes = int(engine.embeds_cache_gib * 2**30)
-    if engine.address is None:
-        layout = layout or local_layout(config, visible_gpus())
-        store_bytes = OBJECT_STORE_BYTES
-        if layout.is_split:
-            room = int(EMBEDS_SHARE * free_shm_bytes()) - LATENTS_BYTES
-            wanted_bytes = max(MIN_EMBEDS_BYTES, min(wanted_bytes, room))
-            store_bytes += wanted_bytes + LATENTS_BYTES
-        with private_session(layout, store_bytes) as session:
-            yield _Workplace(session=session, layout=layout, embeds_cache_bytes=wanted_bytes)
-        return
-    with joined_session(engine.address, insecure=engine.insecure) as session:
-        session.open()
-        chosen = layout or cluster_layout(
-            config, session.nodes, encodes_on_cpu=lambda: _encodes_on_cpu(config, models, session)
-        )
-        smallest = min(node.object_store_bytes for node in session.nodes)
-        is_by_nodes = layout is None and engine.cluster is None and engine.workers == "auto"
-        yield _Workplace(
-            session=session,
-            layout=chosen,
-            embeds_cache_bytes=min(wanted_bytes, int(EMBEDS_SHARE * smallest)),
-            places_now=_GrowingPlaces(config, session, chosen) if is_by_nodes else None,
-        )
-
-
-class _GrowingPlaces:
-    """The places of a cluster that nodes join while the run goes on."""
-
-    def __init__(self, config: RunConfig, session: RaySession, layout: ClusterLayout) -> None:
-        self._config = config
-        self._session = session
-        self._layout = layout
-
-    def __call__(self) -> list[Place]:
-        nodes = [node for node in self._session.nodes if not node.is_draining]
-        is_split = self._layout.is_split
-        newer = cluster_layout(self._config, nodes, encodes_on_cpu=lambda: is_split)
-        self._layout = grown(self._layout, newer)
-        return places(self._layout)
-
-
-def _encodes_on_cpu(config: RunConfig, models: KnownModels, session: RaySession) -> bool:
-    """Return whether the memory profile of the cluster's GPUs puts text encoders on the CPU."""
-    gpu = session.probe_gpu()
-    if gpu is None:
-        return False
-    devices = profile_on(gpu, models(config.model.name), config).devices
-    return devices["text_encoder"] == "cpu" and devices["unet"] == "cuda"
+# -- its parts ------------------------------------------------------------------------------------
 
 
 def worker_specs(
