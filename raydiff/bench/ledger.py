@@ -29,6 +29,8 @@ class Measurement:
 
     name: str
     wall_s: float
+    cpu_s: float
+    """What it would take on a quiet machine, but for waits for the disk."""
     peak_rss_bytes: int
     """Of its whole process."""
     num_done: int
@@ -77,16 +79,8 @@ def bench_ledger(
     ):
         on_step(name)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            wall_s, peak_rss_bytes, num_done = pool.submit(_measured, measure, folder).result()
-        measurements.append(
-            Measurement(
-                name=name,
-                wall_s=wall_s,
-                peak_rss_bytes=peak_rss_bytes,
-                num_done=num_done,
-                num_expected=num_expected,
-            )
-        )
+            measured = pool.submit(_measured, name, measure, folder, num_expected).result()
+        measurements.append(measured)
     return LedgerReport(
         num_rows=num_rows,
         num_parts=run.num_parts,
@@ -96,11 +90,19 @@ def bench_ledger(
     )
 
 
-def _measured(measure: Callable[[Path], int], folder: Path) -> tuple[float, int, int]:
-    """Return seconds, peak memory of this process and what was counted."""
-    started = time.perf_counter()
+def _measured(
+    name: str, measure: Callable[[Path], int], folder: Path, num_expected: int
+) -> Measurement:
+    started, cpu_started = time.perf_counter(), time.process_time()
     num_done = measure(folder)
-    return time.perf_counter() - started, _peak_rss_bytes(), num_done
+    return Measurement(
+        name=name,
+        wall_s=time.perf_counter() - started,
+        cpu_s=time.process_time() - cpu_started,
+        peak_rss_bytes=_peak_rss_bytes(),
+        num_done=num_done,
+        num_expected=num_expected,
+    )
 
 
 def _plan_new(folder: Path) -> int:

@@ -106,8 +106,9 @@ def bench_ledger(rows: int, is_json: bool) -> None:
         )
         for one in report.measurements:
             click.echo(
-                f"{one.name:<20} {one.wall_s:6.1f} s  {one.peak_rss_bytes / MIB:5.0f} MiB  "
-                f"{one.num_done:,} rows done" + ("" if one.is_good else "  NOT as it must be")
+                f"{one.name:<20} {one.wall_s:6.1f} s, {one.cpu_s:.1f} of CPU  "
+                f"{one.peak_rss_bytes / MIB:5.0f} MiB  {one.num_done:,} rows done"
+                + ("" if one.is_good else "  NOT as it must be")
             )
     sys.exit(0 if report.is_good else 1)
 
