@@ -25,7 +25,7 @@ def read_image(file: BinaryIO, *, max_size: tuple[int, int] | None = None) -> Im
 
     Raises MediaError, also for a PNG whose checksums do not hold.
     """
-    with _as_media_errors():
+    with as_media_errors():
         try:
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 image.verify()
@@ -42,20 +42,20 @@ def read_image(file: BinaryIO, *, max_size: tuple[int, int] | None = None) -> Im
 
 def read_frames(file: BinaryIO) -> Iterator[Pixels]:
     """Yield the frames of a video, uint8 (H, W, 3). Raises MediaError."""
-    with _as_media_errors(), _opened(file) as container:
+    with as_media_errors(), opened_video(file) as container:
         for frame in container.decode(container.streams.video[0]):
             yield frame.to_ndarray(format="rgb24")
 
 
 def count_frames(file: BinaryIO) -> int:
     """Return the number of a video's frames, without decoding them. Raises MediaError."""
-    with _as_media_errors(), _opened(file) as container:
+    with as_media_errors(), opened_video(file) as container:
         return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
 
 
 def sound_digest(file: BinaryIO) -> str | None:
     """Return a hash of a video's decoded sound, None if it is silent. Raises MediaError."""
-    with _as_media_errors(), _opened(file) as container:
+    with as_media_errors(), opened_video(file) as container:
         if not container.streams.audio:
             return None
         digest = hashlib.sha256()
@@ -65,7 +65,8 @@ def sound_digest(file: BinaryIO) -> str | None:
 
 
 @contextmanager
-def _opened(file: BinaryIO) -> Iterator[Any]:
+def opened_video(file: BinaryIO) -> Iterator[Any]:
+    """Open a file that holds a video as PyAV's container. Raises MediaError."""
     file.seek(0)
     with av.open(file) as container:
         if not container.streams.video:
@@ -74,7 +75,8 @@ def _opened(file: BinaryIO) -> Iterator[Any]:
 
 
 @contextmanager
-def _as_media_errors() -> Iterator[None]:
+def as_media_errors() -> Iterator[None]:
+    """Say what is wrong with a file as a MediaError."""
     try:
         yield
     except MediaError:

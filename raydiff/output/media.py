@@ -76,7 +76,8 @@ def read_image_metadata(path: str | Path) -> dict[str, Any] | None:
     return metadata if isinstance(metadata, dict) else None
 
 
-def _to_json(metadata: dict[str, Any]) -> str:
+def metadata_json(metadata: dict[str, Any]) -> str:
+    """Return a request as the text that a file carries, always valid UTF-8."""
     text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
     # A lone surrogate (a prompt from a non-UTF-8 command line) becomes its JSON escape.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -84,15 +85,15 @@ def _to_json(metadata: dict[str, Any]) -> str:
 
 def _png_text(metadata: dict[str, Any]) -> PngInfo:
     info = PngInfo()
-    info.add_itxt(PNG_KEYWORD, _to_json(metadata))
+    info.add_itxt(PNG_KEYWORD, metadata_json(metadata))
     return info
 
 
 def _exif(metadata: dict[str, Any], *, is_jpeg: bool) -> Image.Exif:
-    comment = _to_json(metadata).encode("utf-16-be")
+    comment = metadata_json(metadata).encode("utf-16-be")
     limit = 16_384
     while is_jpeg and len(comment) > MAX_JPEG_COMMENT_BYTES and limit:
-        comment = _to_json(_shorten(metadata, limit)).encode("utf-16-be")
+        comment = metadata_json(_shorten(metadata, limit)).encode("utf-16-be")
         limit //= 2
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[USER_COMMENT] = UNICODE_COMMENT + comment

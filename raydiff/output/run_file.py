@@ -19,8 +19,8 @@ from raydiff.errors import OutputError
 from raydiff.object_storage import Patience
 from raydiff.output.atomic import disk_error
 from raydiff.output.lock import LOCK_FILE, RunLock
+from raydiff.output.media_store import remove_stale_files
 from raydiff.output.storage import Storage, open_storage, read_error
-from raydiff.output.writer import remove_stale_files
 from raydiff.request import RECIPE_VERSION
 
 RUN_FILE = "run.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiff.errors import OutputError
-from raydiff.output.writer import REQUEST_ID
+from raydiff.output.media_store import REQUEST_ID
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 END_OF_TAR = bytes(2 * BLOCK_BYTES)

@@ -23,11 +23,11 @@ from raydiff.output.media_files import (
     open_media,
     with_media_columns,
 )
+from raydiff.output.media_store import IMAGES_DIR, REQUEST_ID
 from raydiff.output.part_files import DamagedPartError, Part, list_parts, map_parts, read_columns
 from raydiff.output.run_file import read_run
 from raydiff.output.shard_index import SHARDS_DIR
 from raydiff.output.storage import Storage, open_storage
-from raydiff.output.writer import IMAGES_DIR, REQUEST_ID
 
 NUM_THREADS = 8
 FILES_IN_FLIGHT = 256

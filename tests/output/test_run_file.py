@@ -10,7 +10,6 @@ import pytest
 from raydiff.config import RunConfig, load_config
 from raydiff.errors import EngineError, OutputError
 from raydiff.output.run_file import read_run, start_run
-from raydiff.output.writer import TEMPORARY_DIR
 
 
 def config_with(**changes):
@@ -215,7 +214,7 @@ def test_a_run_file_that_is_not_one_is_named(content, begin, tmp_path):
 
 def test_what_dead_writers_left_is_removed_at_the_start(begin, tmp_path):
     begin().close()
-    folder = tmp_path / "out" / TEMPORARY_DIR
+    folder = tmp_path / "out" / "images/.tmp"
     folder.mkdir(parents=True)
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()

@@ -18,7 +18,10 @@ import pytest
 from raydiff.config import OutputConfig
 from raydiff.errors import DiskError
 from raydiff.output.media import read_image_metadata
-from raydiff.output.writer import TEMPORARY_DIR, Writer, remove_stale_files
+from raydiff.output.media_store import remove_stale_files
+from raydiff.output.writer import Writer
+
+TEMPORARY_DIR = "images/.tmp"
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 

@@ -27,8 +27,8 @@ from raydiff.output.media_files import (
     media_name,
     open_media,
 )
+from raydiff.output.media_store import REQUEST_ID
 from raydiff.output.storage import open_storage
-from raydiff.output.writer import REQUEST_ID
 
 SIZE = 256
 QUALITY = 80
