@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.s3_server import FaultyS3
+
 ROOT = Path(__file__).parents[1]
 REPOS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -46,17 +48,23 @@ def put_in_cache(cache: Path, repo: str, pipeline: Path) -> None:
     (folder / "refs" / "main").write_text(commit)
 
 
-def test_every_block_runs(tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_every_block_runs(
+    tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path, s3: FaultyS3
+) -> None:
     for family, pipeline in (("sd21", tiny_sd21), ("sdxl", tiny_sdxl)):
         put_in_cache(tmp_path / "cache", REPOS[family], pipeline)
     for name in ("jobs", "configs", "tests", "raydiff", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     bin_dir = Path(sys.executable).parent
     (tmp_path / ".venv").symlink_to(bin_dir.parent)
-    environ = os.environ | {
+    environ = os.environ | s3.environ
+    environ |= {
         "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # `ray start` on loopback
         "PYTHONPATH": str(ROOT),
     }
     for language, text in blocks("bash", "python"):
