@@ -12,6 +12,9 @@ def test_the_engine_is_measured_over_real_files(tmp_path: Path) -> None:
     assert report.num_rows == 3000
     assert 50 < report.rows_per_s < 100_000
     assert 0 < report.elapsed_s < report.total_s
+    # A row takes 0.1 ms and its file longer than that: most of the time is not the rows'.
+    assert report.overhead is not None
+    assert 0.1 < report.overhead < 1
     assert 50 * 2**20 < report.rss_last_bytes < 2**31
     results = read_results(out)
     assert results["status"].to_pylist() == ["completed"] * 3000
