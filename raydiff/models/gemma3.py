@@ -79,9 +79,7 @@ class Gemma3TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, is_sliding) for is_sliding in config.is_sliding
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.requires_grad_(False)
 
@@ -98,13 +96,13 @@ class Gemma3TextEncoder(nn.Module):
         # Rounded to the weights' dtype first, as in training: 62 instead of 61.97 in bfloat16.
         hidden = hidden * hidden.new_full((), self.config.hidden_size**0.5)
         tokens = self._attended(attention_mask)
-        tables = self._rope_tables(hidden, first_position)
+        tables = self.rope_tables(hidden, first_position)
         states = hidden.new_empty(
             hidden.shape[0], self.config.num_hidden_states, *hidden.shape[1:]
         )  # (B, L + 1, S, C)
         states[:, 0] = hidden
-        for index, layer in enumerate(self.layers, start=1):
-            is_sliding = self.config.is_sliding[index - 1]
+        kinds = zip(self.layers, self.config.is_sliding, strict=True)
+        for index, (layer, is_sliding) in enumerate(kinds, start=1):
             hidden = layer(hidden, tokens.of(is_sliding), tables.of(is_sliding))
             is_last = index == self.config.num_hidden_layers
             states[:, index] = self.norm(hidden) if is_last else hidden
@@ -117,7 +115,7 @@ class Gemma3TextEncoder(nn.Module):
             cast(DecoderLayer, layer).self_attn.fuse()
             cast(DecoderLayer, layer).mlp.fuse()
 
-    def _attended(self, attention_mask: Tensor) -> "_ByKind":
+    def _attended(self, attention_mask: Tensor) -> "ByKind":
         """Which tokens (columns) each token (row) sees, by kind of layer: (B, 1, S, S) bool."""
         length = attention_mask.shape[1]
         index = torch.arange(length, device=attention_mask.device)
@@ -126,10 +124,10 @@ class Gemma3TextEncoder(nn.Module):
         seen = attention_mask.bool()[:, None, :] | (distance == 0)
         full = (seen & (distance >= 0))[:, None]
         if length <= self.config.sliding_window:
-            return _ByKind(full, full)
-        return _ByKind(full & (distance < self.config.sliding_window), full)
+            return ByKind(full, full)
+        return ByKind(full & (distance < self.config.sliding_window), full)
 
-    def _rope_tables(self, hidden: Tensor, first_position: int) -> "_ByKind":
+    def rope_tables(self, hidden: Tensor, first_position: int) -> "ByKind":
         """Cosines and sines by kind of layer: (2, S, D / 2), in the dtype of `hidden`."""
         positions = torch.arange(
             first_position,
@@ -138,26 +136,28 @@ class Gemma3TextEncoder(nn.Module):
             device=hidden.device,
         )
         ropes = (self.config.sliding_rope, self.config.rope)
-        return _ByKind(
+        return ByKind(
             *(rope_table(positions, rope, self.config.head_dim).to(hidden.dtype) for rope in ropes)
         )
 
 
-class _ByKind(NamedTuple):
+class ByKind(NamedTuple):
+    """What sliding layers take and what full ones take."""
+
     sliding: Tensor
     full: Tensor
 
     def of(self, is_sliding: bool) -> Tensor:
+        """Return a layer's own."""
         return self.sliding if is_sliding else self.full
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each between two norms and beside a residual."""
 
-    def __init__(self, config: Gemma3Config, is_sliding: bool) -> None:
+    def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.is_sliding = is_sliding
         self.input_layernorm = RMSNorm(width, eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(width, eps)
