@@ -41,8 +41,7 @@ NODE_DIES_AT = 0.25
 DRIVER_DIES_AT = 0.5
 """Shares of the rows that have ended."""
 KILL_S = 1.0
-MIN_READY = 2
-"""Where workers start slower than they die, the next death waits for this many."""
+"""Between two deaths; where workers start slower than that, the next one waits for a row to end."""
 MAX_EXTRA = 0.15
 POLL_S = 0.1
 PATIENCE_S = 180.0
@@ -150,6 +149,7 @@ class _Chaos:
     def _until(self, driver: "subprocess.Popen[bytes]", share: float) -> None:
         """Kill workers until this share of the rows has ended."""
         changed_at = kill_at = time.monotonic()
+        num_at_kill = self._num_ended
         while self._num_ended < share * self._job.num_rows:
             now = time.monotonic()
             is_over = driver.poll() is not None
@@ -161,19 +161,17 @@ class _Chaos:
                 raise EngineError(f"the driver ended early, with status {driver.returncode}")
             if now - changed_at > PATIENCE_S:
                 raise EngineError(f"no row has ended for {PATIENCE_S:.0f} s: it hangs")
-            if progress is not None and now >= kill_at and self._kill_one(progress):
-                kill_at = now + KILL_S
+            if progress is not None and now >= kill_at and self._num_ended > num_at_kill:
+                kill_at, num_at_kill = now + KILL_S, self._num_ended
+                self._kill_one(progress)
             time.sleep(POLL_S)
 
-    def _kill_one(self, progress: Progress) -> bool:
-        """Kill one of the workers that are ready, if there are enough of them."""
+    def _kill_one(self, progress: Progress) -> None:
         pids = [worker["pid"] for worker in progress.workers if worker.get("pid")]
         ready = sorted(set(pids) - set(self._killed))
-        if progress.state != "running" or len(ready) < MIN_READY:
-            return False
-        self._killed.append(self._random.choice(ready))
-        end_process(self._killed[-1])
-        return True
+        if ready and progress.state == "running":
+            self._killed.append(self._random.choice(ready))
+            end_process(self._killed[-1])
 
 
 @contextmanager
