@@ -464,7 +464,6 @@ def _joined_ray(address: str, insecure: bool) -> Iterator[Any]:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN="0" * 64,
         RAY_USAGE_STATS_ENABLED="0",
-        RAY_BACKEND_LOG_LEVEL="error",
         **ZERO_COPY,
     ):
         ray = _import_ray(is_loopback=False)
@@ -533,12 +532,27 @@ def _head(address: str) -> str:
 def _asks_for_token(ray: Any, head: str) -> bool:
     """Return whether a cluster refuses a wrong token. Raises ConfigError for what is no cluster."""
     try:
-        _gcs(head).internal_kv_get(b"raydiff", namespace=b"raydiff", timeout=CONNECT_S)
+        with _native_stderr_off():
+            _gcs(head).internal_kv_get(b"raydiff", namespace=b"raydiff", timeout=CONNECT_S)
     except ray.exceptions.AuthenticationError:
         return True
     except ray.exceptions.RayError as error:
         raise ConfigError(f"engine.address: {head}: no Ray head answers there: {error}") from None
     return False
+
+
+@contextmanager
+def _native_stderr_off() -> Iterator[None]:
+    """Keep Ray's C++ from warning of the wrong token that it is given on purpose."""
+    saved = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def _node_addresses(head: str) -> list[str]:

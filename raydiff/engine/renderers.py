@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class PipelineRenderer:
     def start(self) -> str:
         """Load the model that most rows want, and return the device's name."""
         if self._preload is not None:
-            self._load(self._preload)
+            self._load(self._find_here(self._preload))
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
     def max_batch_size(self, request: RenderRequest) -> int:
@@ -171,6 +172,14 @@ class PipelineRenderer:
         except ModelError as error:
             self._unusable[name] = error
             raise
+
+    def _find_here(self, info: ModelInfo) -> ModelInfo:
+        """Find on this node, if it is another one, the checkpoint that the driver found."""
+        if not Path(info.path).exists():
+            return self._resolve(info.name, info.revision)
+        if info.revision.startswith("local-"):
+            self._resolve(info.path, info.revision)
+        return info
 
     def _resolve(self, name: str, revision: str) -> ModelInfo:
         """Find on this node the very checkpoint that the driver resolved."""
