@@ -53,7 +53,7 @@ def drive(
     manifest: Path,
     out: Path,
     log: Path,
-    stages: dict[str, Any],
+    stages: dict[str, Any] | None,
     *,
     row_ms: float = 5,
     renderer: str = "faulty_renderer:FaultyRenderer",
@@ -75,7 +75,7 @@ def drive(
         models=KnownModels(lambda name: MODEL),
         renderer=renderer,
         arguments={"log": str(log), "row_ms": row_ms},
-        layout=ClusterLayout.model_validate({"stages": stages}),
+        layout=ClusterLayout.model_validate({"stages": stages}) if stages else None,
         **callbacks,
     )
 
@@ -191,6 +191,37 @@ def test_a_node_that_is_drained_loses_no_work(
     assert set(Counter(line[0] for line in lines(log)).values()) == {1}
     assert summary.session is not None
     assert summary.session.restarts == {"stopped": 1}
+
+
+def test_each_gpu_that_joins_gets_a_worker(
+    tmp_path: Path, cluster: LoopbackCluster, write_prompts: WritePrompts
+) -> None:
+    manifest = write_prompts([f"prompt {number}" for number in range(10_000)])
+    cluster.add_node(num_cpus=1, num_gpus=1)
+
+    def join(busy: list[dict[str, Any]]) -> None:
+        cluster.add_node(num_cpus=2, num_gpus=2)
+
+    joined = Once(8, join)
+
+    def watch(progress: Progress) -> None:
+        joined.on_progress(progress)
+        at_work.update(worker["worker_id"] for worker in progress.workers if worker["rows"])
+        if len(at_work) == 3 and not seen:
+            seen.append(True)
+            os.kill(os.getpid(), signal.SIGINT)  # that is all there is to see
+
+    at_work: set[str] = set()
+    seen: list[bool] = []
+    log = tmp_path / "renders.log"
+    engine = {"stages": "fused"}
+    summary = drive(
+        cluster, manifest, tmp_path / "out", log, None, row_ms=40, engine=engine, on_progress=watch
+    )
+    assert summary.exit_status == 130
+    assert at_work == {"w0", "w1", "w2"}
+    gpus = {line[1].rpartition("gpus=")[2] for line in lines(log)}
+    assert gpus == {"0", "1"}
 
 
 def test_texts_of_a_lost_node_are_encoded_again_on_one_that_joins(
