@@ -62,6 +62,16 @@ def test_encode_equals_diffusers(name):
         assert relative_error(moments.logvar, expected.logvar) <= 1e-5
 
 
+@torch.no_grad()
+def test_logvar_is_clamped_as_diffusers_does():
+    reference = reference_model("stereo")
+    reference.encoder.conv_out.conv.weight.mul_(100)
+    mel = torch.randn(1, 2, 9, 16, generator=torch.Generator().manual_seed(6))
+    logvar = our_model(reference).encode(mel).logvar
+    assert (logvar.min(), logvar.max()) == (-30, 20)
+    assert relative_error(logvar, reference.encode(mel).latent_dist.logvar) <= 1e-5
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_decode_equals_diffusers(name):
@@ -108,9 +118,10 @@ def test_saved_folder_loads_strictly(tmp_path):
 
 def test_full_size_names_and_counts():
     with torch.device("meta"):
-        model = AudioVAE(AudioVAEConfig.from_dict({}))
         reference = diffusers.AutoencoderKLLTX2Audio()
+        model = AudioVAE(AudioVAEConfig.from_dict(dict(reference.config)))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in reference.state_dict().items()}
     assert len(shapes) == 102
     assert sum(parameter.numel() for parameter in model.parameters()) == 53_248_146
+    assert model.config == AudioVAEConfig.from_dict({})

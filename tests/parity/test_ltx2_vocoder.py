@@ -131,12 +131,15 @@ def test_saved_folder_loads_strictly(tmp_path, name):
     [("v20", 194, 55_592_802, 240), ("v23", 1227, 128_537_448, 480)],
 )
 def test_full_size_names_and_counts(name, num_tensors, num_parameters, samples_per_frame):
+    class_name = reference_class(name).__name__
     with torch.device("meta"):
-        model = build_vocoder({"_class_name": reference_class(name).__name__})
         reference = reference_class(name)()
+        model = build_vocoder({**reference.config, "_class_name": class_name})
+        from_defaults = build_vocoder({"_class_name": class_name})
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in reference.state_dict().items()}
     assert len(shapes) == num_tensors
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
     assert model.config.samples_per_frame == samples_per_frame
     assert model.config.output_sampling_rate == reference.config.output_sampling_rate
+    assert model.config == from_defaults.config

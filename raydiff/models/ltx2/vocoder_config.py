@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, Literal
 
@@ -100,10 +100,10 @@ class VocoderConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "VocoderConfig":
         """Read the config.json of one network (LTX-2.0); ModelError for what we do not run."""
-        names = [f.name for f in fields(cls)]
+        options = {f.name: f.name for f in fields(cls)}
         accepted = {**_ACCEPTED, "_class_name": ("LTX2Vocoder",)}
-        check_options("vocoder", config, known=names, accepted=accepted)
-        return cls(**{name: _tuples(config[name]) for name in names if name in config})
+        check_options("vocoder", config, known=options, accepted=accepted)
+        return cls(**_fields(config, options))
 
     @property
     def samples_per_frame(self) -> int:
@@ -111,29 +111,41 @@ class VocoderConfig:
         return prod(self.upsample_factors)
 
 
-_OPTIONS_23: dict[str, Any] = {
-    "in_channels": 128,
-    "hidden_channels": 1536,
-    "out_channels": 2,
-    "upsample_kernel_sizes": (11, 4, 4, 4, 4, 4),
-    "upsample_factors": (5, 2, 2, 2, 2, 2),
-    "act_fn": "snakebeta",
-    "antialias": True,
-    "final_act_fn": None,
-    "final_bias": False,
+FIRST_23 = VocoderConfig(
+    hidden_channels=1536,
+    upsample_kernel_sizes=(11, 4, 4, 4, 4, 4),
+    upsample_factors=(5, 2, 2, 2, 2, 2),
+    act_fn="snakebeta",
+    antialias=True,
+    final_act_fn=None,
+    final_bias=False,
+    output_sampling_rate=16000,
+)
+"""LTX-2.3's first network: what a config with two of them means by an option that it leaves out."""
+
+SECOND_23 = replace(
+    FIRST_23,
+    hidden_channels=512,
+    upsample_kernel_sizes=(12, 11, 4, 4, 4),
+    upsample_factors=(6, 5, 2, 2, 2),
+    output_sampling_rate=48000,
+)
+
+_FIRST_OPTIONS = {
+    **{f.name: f.name for f in fields(VocoderConfig)},
+    "output_sampling_rate": "input_sampling_rate",
 }
-"""What a config with two networks means by an option that it leaves out (diffusers' defaults)."""
+"""By field, the option of a config with two networks."""
 
-_OPTIONS_23_BWE = {
-    **_OPTIONS_23,
-    "hidden_channels": 512,
-    "upsample_kernel_sizes": (12, 11, 4, 4, 4),
-    "upsample_factors": (6, 5, 2, 2, 2),
+_SECOND_OPTIONS = {
+    **{f.name: f"bwe_{f.name}" for f in fields(VocoderConfig)},
+    "output_sampling_rate": "output_sampling_rate",
 }
 
-_SPECTROGRAM_23 = {"filter_length": 512, "hop_length": 80, "num_mel_channels": 64}
+_SPECTROGRAM_OPTIONS = ("filter_length", "hop_length", "num_mel_channels")
 
-_RATES_23 = {"input_sampling_rate": 16000, "output_sampling_rate": 48000}
+_WINDOW_LENGTH = 512
+"""Where a config leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,15 +153,15 @@ class VocoderWithBWEConfig:
     """Two networks: the second adds the frequencies that the first one's sampling rate cannot hold
     (bandwidth extension), as it reads them off a spectrogram of the first one's sound."""
 
-    vocoder: VocoderConfig
-    bwe: VocoderConfig
-    filter_length: int
-    """Samples of one Fourier transform, all of them earlier than the mel frame's end."""
-    hop_length: int
-    num_mel_channels: int
+    vocoder: VocoderConfig = FIRST_23
+    bwe: VocoderConfig = SECOND_23
+    filter_length: int = 512
+    """Samples that one frame of that spectrogram is made of, up to the frame's end."""
+    hop_length: int = 80
+    num_mel_channels: int = 64
 
     def __post_init__(self) -> None:
-        for name in _SPECTROGRAM_23:
+        for name in _SPECTROGRAM_OPTIONS:
             check_positive("vocoder", name, getattr(self, name))
         rates = self.vocoder.output_sampling_rate, self.bwe.output_sampling_rate
         if rates[1] % rates[0]:
@@ -162,61 +174,43 @@ class VocoderWithBWEConfig:
                 f"vocoder config: hop_length is {self.hop_length}; it must be no more than "
                 f"filter_length, {self.filter_length}. Check vocoder/config.json."
             )
-        sizes = {
-            "bwe_upsample_factors' product": (
-                self.bwe.samples_per_frame,
-                self.hop_length * self.ratio,
-                "hop_length times the sampling rates' ratio",
-            ),
-            "bwe_in_channels": (
-                self.bwe.in_channels,
-                self.vocoder.out_channels * self.num_mel_channels,
-                "out_channels times num_mel_channels",
-            ),
-            "bwe_out_channels": (
-                self.bwe.out_channels,
-                self.vocoder.out_channels,
-                "out_channels",
-            ),
-        }
-        for name, (value, expected, meaning) in sizes.items():
-            if value != expected:
-                raise ModelError(
-                    f"vocoder config: {name} is {value}; it must be {meaning}, {expected}. "
-                    "Check vocoder/config.json."
-                )
+        channels = self.vocoder.out_channels
+        self._check_equal(
+            "bwe_upsample_factors' product",
+            self.bwe.samples_per_frame,
+            "hop_length times the sampling rates' ratio",
+            self.hop_length * self.ratio,
+        )
+        self._check_equal(
+            "bwe_in_channels",
+            self.bwe.in_channels,
+            "out_channels times num_mel_channels",
+            channels * self.num_mel_channels,
+        )
+        self._check_equal("bwe_out_channels", self.bwe.out_channels, "out_channels", channels)
+
+    def _check_equal(self, name: str, value: int, meaning: str, expected: int) -> None:
+        if value != expected:
+            raise ModelError(
+                f"vocoder config: {name} is {value}; it must be {meaning}, {expected}. "
+                "Check vocoder/config.json."
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "VocoderWithBWEConfig":
         """Read the config.json of two networks (LTX-2.3); ModelError for what we do not run."""
-        names = [f.name for f in fields(VocoderConfig) if f.name != "output_sampling_rate"]
-        spectrogram = {**_SPECTROGRAM_23, **_chosen(config, _SPECTROGRAM_23)}
+        options = {"filter_length": cls().filter_length, "window_length": _WINDOW_LENGTH, **config}
         accepted = {
             "_class_name": ("LTX2VocoderWithBWE",),
-            "window_length": (spectrogram["filter_length"],),
+            "window_length": (options["filter_length"],),
             **{prefix + name: _ACCEPTED[name] for name in _ACCEPTED for prefix in ("", "bwe_")},
         }
-        known = (*names, *(f"bwe_{name}" for name in names), *_SPECTROGRAM_23, *_RATES_23)
-        check_options("vocoder", config, known=known, accepted=accepted)
-        rates = {**_RATES_23, **_chosen(config, _RATES_23)}
-        first = {name: config[name] for name in names if name in config}
-        second = {name: config[f"bwe_{name}"] for name in names if f"bwe_{name}" in config}
+        known = (*_FIRST_OPTIONS.values(), *_SECOND_OPTIONS.values(), *_SPECTROGRAM_OPTIONS)
+        check_options("vocoder", options, known=known, accepted=accepted)
         return cls(
-            vocoder=VocoderConfig.from_dict(
-                {
-                    **_OPTIONS_23,
-                    **first,
-                    "output_sampling_rate": rates["input_sampling_rate"],
-                }
-            ),
-            bwe=VocoderConfig.from_dict(
-                {
-                    **_OPTIONS_23_BWE,
-                    **second,
-                    "output_sampling_rate": rates["output_sampling_rate"],
-                }
-            ),
-            **spectrogram,
+            vocoder=replace(FIRST_23, **_fields(config, _FIRST_OPTIONS)),
+            bwe=replace(SECOND_23, **_fields(config, _SECOND_OPTIONS)),
+            **{name: config[name] for name in _SPECTROGRAM_OPTIONS if name in config},
         )
 
     @property
@@ -235,8 +229,9 @@ class VocoderWithBWEConfig:
         return self.vocoder.samples_per_frame * self.ratio
 
 
-def _chosen(config: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in names if name in config}
+def _fields(config: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that `config` gives a value, by the names that their options have there."""
+    return {field: _tuples(config[option]) for field, option in options.items() if option in config}
 
 
 def _tuples(value: Any) -> Any:

@@ -34,6 +34,7 @@ V23 = {
     "bwe_resnet_kernel_sizes": [3],
     "bwe_resnet_dilations": [[1]],
     "filter_length": 16,
+    "window_length": 16,
     "hop_length": 4,
     "num_mel_channels": 5,
 }
@@ -120,6 +121,11 @@ def test_the_second_network_hears_no_later_samples():
     assert not torch.allclose(mels(sound)[:, :, 3], before[:, :, 3])
 
 
+def test_silence_is_the_logarithm_of_the_floor():
+    mels = filled(V23).mel_stft(torch.zeros(1, 2, 8))
+    torch.testing.assert_close(mels, torch.full((1, 2, 2, 5), math.log(1e-5)))
+
+
 def test_resampling_keeps_a_tone():
     low = torch.sin(2 * math.pi * 440 * torch.arange(400) / 16000)
     high = torch.sin(2 * math.pi * 440 * torch.arange(1200) / 48000)
@@ -186,6 +192,7 @@ def test_rates_and_lengths():
         (V20, {"resnet_dilations": []}, "resnet_kernel_sizes has 1 values and resnet_dilations 0"),
         (V23, {"bwe_act_fn": "snake"}, "bwe_act_fn is snake; only"),
         (V23, {"window_length": 12}, "window_length is 12; only 16"),
+        (V23, {"filter_length": 20}, "window_length is 16; only 20"),
         (V23, {"hop_length": 20}, "hop_length is 20; it must be no more than filter_length, 16"),
         (V23, {"hop_length": 2}, "bwe_upsample_factors' product is 12; .*, 6"),
         (V23, {"output_sampling_rate": 44100}, "output_sampling_rate is 44100; .* 16000"),
