@@ -7,13 +7,17 @@ from typing import Any
 
 from raydiff.errors import ModelError
 from raydiff.weights.folder import FolderFiles, Variant, choose_files, list_names, read_json
+from raydiff.weights.fp8 import with_standard_scales
 from raydiff.weights.headers import read_header, refuse_pickle
 from raydiff.weights.keymaps.clip import TRANSFORMERS_CLIP
+from raydiff.weights.keymaps.ltx2 import GEMMA3
 from raydiff.weights.keymaps.rules import KeyMap, To, rename
 from raydiff.weights.keymaps.skipped import SKIPPED_IN_FOLDERS
 from raydiff.weights.keymaps.vae import DIFFUSERS_VAE
+from raydiff.weights.ltx2_beside import components_beside
+from raydiff.weights.ltx2_config import ltx2_configs
 from raydiff.weights.published import single_file_configs
-from raydiff.weights.single_file import prediction_type, skip_reason, split_file
+from raydiff.weights.single_file import SplitFile, prediction_type, skip_reason, split_file
 from raydiff.weights.sources import TensorSource, tensor_sources
 
 FAMILIES: dict[str, str] = {
@@ -21,12 +25,16 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionImg2ImgPipeline": "sd21",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "LTX2Pipeline": "ltx2",
+    "LTX2ImageToVideoPipeline": "ltx2",
 }
 """Family by the pipeline class that model_index.json names."""
 
 REQUIRED_COMPONENTS: dict[str, tuple[str, ...]] = {
     "sd21": ("text_encoder", "unet", "vae"),
     "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae"),
+    # Prompts may come encoded already, so the text encoder may be absent.
+    "ltx2": ("connectors", "transformer", "vae", "audio_vae", "vocoder"),
 }
 
 FOLDER_KEYMAPS: dict[str, KeyMap] = {
@@ -35,6 +43,8 @@ FOLDER_KEYMAPS: dict[str, KeyMap] = {
     "vae": DIFFUSERS_VAE,
 }
 """Renames of older or newer spellings in diffusers folders; the UNet's names have never changed."""
+
+LTX2_FOLDER_KEYMAPS: dict[str, KeyMap] = {"text_encoder": GEMMA3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +60,7 @@ class Checkpoint:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Components with weights: text_encoder, text_encoder_2 (SDXL), unet, vae."""
+        """Components with weights: text_encoder, unet, vae and others by the family."""
         return tuple(self.sources)
 
     def config(self, component: str) -> dict[str, Any]:
@@ -65,12 +75,16 @@ class Checkpoint:
         """Return the folder of the tokenizer that belongs to `text_encoder` or `text_encoder_2`.
 
         A single file carries none: a folder of that name beside it is taken, else the tokenizer of
-        the family's published checkpoint, from the Hub or its cache.
+        the family's published checkpoint, from the Hub or its cache (not Gemma's, which is gated).
         """
         name = text_encoder.replace("text_encoder", "tokenizer")
         folder = self.path / name if self.path.is_dir() else self.path.parent / name
         if folder.is_dir():
             return folder
+        if self.family == "ltx2":
+            raise ModelError(
+                f"{folder}: no such folder; put Gemma 3's there, with its tokenizer.json"
+            )
         from raydiff.weights.hub import download_tokenizer  # takes 0.3 s, and is rarely needed
 
         return download_tokenizer(self.family, name)
@@ -107,19 +121,23 @@ def _open_folder(folder: Path, files: FolderFiles) -> Checkpoint:
     family = _folder_family(folder, files.model_index, configs)
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     configs["model_index"] = files.model_index
+    keymaps = LTX2_FOLDER_KEYMAPS if family == "ltx2" else FOLDER_KEYMAPS
     sources: dict[str, dict[str, TensorSource]] = {}
     skipped: dict[str, str] = {}
     for component, names in files.weights.items():
         paths = [folder / name for name in names]
-        sources[component] = component_sources(component, paths, skipped)
+        sources[component] = component_sources(component, paths, skipped, keymaps)
     return Checkpoint(path=folder, family=family, configs=configs, sources=sources, skipped=skipped)
 
 
 def component_sources(
-    component: str, files: list[Path], skipped: dict[str, str]
+    component: str,
+    files: list[Path],
+    skipped: dict[str, str],
+    keymaps: Mapping[str, KeyMap] = FOLDER_KEYMAPS,
 ) -> dict[str, TensorSource]:
     """Return {our name: source} of a component's weight files; adds to `skipped`."""
-    keymap = FOLDER_KEYMAPS.get(component, {})
+    keymap = keymaps.get(component, {})
     sources: dict[str, TensorSource] = {}
     for file in files:
         for key, header in read_header(file).items():
@@ -129,7 +147,7 @@ def component_sources(
                 continue
             # A name that no table has keeps its spelling; loading then calls it unexpected.
             sources |= tensor_sources(file, key, header, rename(keymap, key) or To((key,)))
-    return sources
+    return with_standard_scales(sources)
 
 
 def _folder_family(
@@ -150,6 +168,8 @@ def _folder_family(
         )
     if missing:
         raise ModelError(f"{folder}: model_index.json lists no {', '.join(missing)}")
+    if family == "ltx2":
+        return family
     unet = configs["unet"]
     if family == "sd21" and unet.get("cross_attention_dim") == 768:
         raise ModelError(
@@ -187,6 +207,8 @@ def _open_single_file(path: Path) -> Checkpoint:
         raise ModelError(
             f"{path}: has no {', '.join(empty)}; use the complete checkpoint, or a diffusers folder"
         )
+    if split.family == "ltx2":
+        return _open_ltx2_file(path, split)
     configs = single_file_configs(
         split.family,
         split.components,
@@ -201,3 +223,14 @@ def _open_single_file(path: Path) -> Checkpoint:
         sources=split.components,
         skipped=split.skipped,
     )
+
+
+def _open_ltx2_file(path: Path, split: SplitFile) -> Checkpoint:
+    configs = ltx2_configs(path, split.components)
+    sources, skipped = dict(split.components), dict(split.skipped)
+    for component, beside in components_beside(path).items():
+        configs[component] = beside.config
+        sources[component] = component_sources(
+            component, list(beside.files), skipped, LTX2_FOLDER_KEYMAPS
+        )
+    return Checkpoint(path=path, family="ltx2", configs=configs, sources=sources, skipped=skipped)

@@ -13,7 +13,21 @@ from raydiff.weights.headers import PICKLE_SUFFIXES
 Variant = Literal["auto", "fp16", "none"]
 ReadJson = Callable[[str], dict[str, Any]]
 
-WEIGHTED_COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+WEIGHTED_COMPONENTS = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "connectors",
+    "transformer",
+    "vae",
+    "audio_vae",
+    "vocoder",
+    "latent_upsampler",
+)
+
+UNLISTED_COMPONENTS = ("latent_upsampler",)
+"""Components of a second pipeline that shares the folder: its model_index.json does not list
+them."""
 
 WEIGHT_STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 """Beginning of the weight files' names, by the library that model_index.json names."""
@@ -55,11 +69,14 @@ def choose_files(
         )
     model_index = read_json("model_index.json")
     libraries = {name: _library(model_index.get(name)) for name in WEIGHTED_COMPONENTS}
+    for name in UNLISTED_COMPONENTS:
+        if f"{name}/config.json" in names:
+            libraries[name] = "diffusers"
     small, weights = {"model_index.json"}, {}
     for component, library in libraries.items():
         if library is not None:
             stem = WEIGHT_STEMS.get(library, WEIGHT_STEMS["diffusers"])
-            weights[component], index = _component_weights(
+            weights[component], index = component_weights(
                 folder, component, stem, names, read_json, _suffixes(variant, dtype)
             )
             small |= {f"{component}/config.json", *index}
@@ -107,13 +124,13 @@ def _suffixes(variant: Variant, dtype: str) -> tuple[str, ...]:
     return ("", ".fp16") if variant == "auto" and dtype == "float32" else (".fp16", "")
 
 
-def _component_weights(
+def component_weights(
     folder: str,
     component: str,
     stem: str,
     names: Collection[str],
     read_json: ReadJson,
-    suffixes: tuple[str, ...],
+    suffixes: tuple[str, ...] = ("",),
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the component's weight files, and the index that lists them if they are shards."""
     if f"{component}/config.json" not in names:

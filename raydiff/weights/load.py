@@ -1,6 +1,7 @@
 """Fill a module that was built on the meta device from a checkpoint, tensor by tensor, strictly."""
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from raydiff.errors import ModelError
 from raydiff.weights.checkpoint import Checkpoint
+from raydiff.weights.fp8 import FP8, is_fp8_scale
 from raydiff.weights.sources import TensorSource
 
 DTYPES = {
@@ -16,6 +18,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    FP8: torch.float8_e4m3fn,
 }
 
 MAX_NAMED = 10
@@ -36,13 +39,48 @@ def load_weights(
 
     Tensors are read one by one into the same memory and copied from there to `device` and `dtype`:
     the host never holds more than the largest of them beside the module. No file stays mapped.
+    A layer that has a `weight_scale` takes its fp8 weight as it is stored, and its scales in
+    float32; other layers take the weight that the two stand for.
     Raises ModelError naming missing, unexpected and mis-shaped tensors.
     """
-    sources = checkpoint.tensors(component)
-    _check(module, checkpoint, component, sources)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    tensors = checkpoint.tensors(component)
+    folded = {
+        name: source
+        for name, source in tensors.items()
+        if name not in wanted and is_fp8_scale(name, tensors)
+    }
+    tensors = {name: source for name, source in tensors.items() if name not in folded}
+    # Weights that were cast to fp8 have no scale: it is 1.
+    unscaled = {name for name in wanted if name not in tensors and is_fp8_scale(name, tensors)}
+    expected = {name: shape for name, shape in wanted.items() if name not in unscaled}
+    _check(expected, checkpoint, component, tensors)
     staging = torch.empty(
-        max((source.size_bytes for source in sources.values()), default=0), dtype=torch.uint8
+        max((source.size_bytes for source in tensors.values()), default=0), dtype=torch.uint8
     )
+    scales = {name: stored.float().clone() for name, stored in _stored(folded, staging)}
+    for name, stored in _stored(tensors, staging):
+        if _is_of_fp8_layer(name, wanted):
+            own_dtype = DTYPES[FP8] if name.endswith(".weight") else torch.float32
+            tensor = _place(stored, device=device, dtype=own_dtype)
+        else:
+            scale = scales.get(f"{name}_scale")
+            tensor = _place(stored, device=device, dtype=dtype, scale=scale)
+        _assign(module, name, tensor)
+    for name in unscaled:
+        _assign(module, name, torch.ones((), device=device))
+    _move_computed_buffers(module, component, device)
+    return module.requires_grad_(False).eval()
+
+
+def _is_of_fp8_layer(name: str, wanted: Mapping[str, object]) -> bool:
+    """Whether a tensor is the weight or a scale of a layer that computes in fp8."""
+    layer, _, word = name.rpartition(".")
+    return f"{layer}.weight_scale" in wanted and word in ("weight", "weight_scale", "input_scale")
+
+
+def _stored(sources: Mapping[str, TensorSource], staging: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor as it is stored, in `staging`, in the order of the files' bytes."""
     by_file = defaultdict(list)
     for name, source in sources.items():
         by_file[source.file].append((source.offset, name, source))
@@ -50,19 +88,18 @@ def load_weights(
         try:
             with path.open("rb") as file:
                 for _, name, source in sorted(entries, key=lambda entry: entry[0]):
-                    stored = _read(file, source, staging)
-                    _assign(module, name, _place(stored, device=device, dtype=dtype))
+                    yield name, _read(file, source, staging)
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror}; the disk or its mount fails") from None
-    _move_computed_buffers(module, component, device)
-    return module.requires_grad_(False).eval()
 
 
 def _check(
-    module: nn.Module, checkpoint: Checkpoint, component: str, sources: dict[str, TensorSource]
+    expected: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint,
+    component: str,
+    sources: dict[str, TensorSource],
 ) -> None:
     """Compare the names and shapes that the module has with those that the checkpoint has."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing = [f"{name} {list(expected[name])}" for name in expected if name not in sources]
     unexpected = [
         f"{name} {list(source.shape)}" for name, source in sources.items() if name not in expected
@@ -114,8 +151,16 @@ def _read(file: BufferedReader, source: TensorSource, staging: Tensor) -> Tensor
     return tensor.reshape(source.shape)
 
 
-def _place(stored: Tensor, *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """Return a contiguous copy: the next tensor is read over `stored`."""
+def _place(
+    stored: Tensor,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Return a contiguous copy, times `scale`: the next tensor is read over `stored`."""
+    if scale is not None:
+        return (stored.to(device).float() * scale.to(device)).to(dtype).contiguous()
     if torch.device(device).type == "cpu":
         return stored.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return stored.to(device).to(dtype).contiguous()  # a GPU converts faster than the host

@@ -186,10 +186,10 @@ def _unet_sizes(sources: Sources) -> Config:
         for level in range(len(channels))
     ]
     sizes: Config = {
-        "in_channels": _shape(sources, "conv_in.weight")[1],
+        "in_channels": shape_of(sources, "conv_in.weight")[1],
         "block_out_channels": channels,
         "attention_head_dim": [max(1, width // HEAD_DIM) for width in channels],
-        "cross_attention_dim": _shape(
+        "cross_attention_dim": shape_of(
             sources, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         )[1],
         "down_block_types": [
@@ -202,7 +202,7 @@ def _unet_sizes(sources: Sources) -> Config:
     }
     projection = "add_embedding.linear_1.weight"
     if projection in sources:
-        sizes["projection_class_embeddings_input_dim"] = _shape(sources, projection)[1]
+        sizes["projection_class_embeddings_input_dim"] = shape_of(sources, projection)[1]
     return sizes
 
 
@@ -216,22 +216,22 @@ def _vae_sizes(sources: Sources) -> Config:
 
 
 def _text_encoder_sizes(sources: Sources) -> Config:
-    vocab_size, hidden_size = _shape(sources, "text_model.embeddings.token_embedding.weight")
-    max_positions, _ = _shape(sources, "text_model.embeddings.position_embedding.weight")
+    vocab_size, hidden_size = shape_of(sources, "text_model.embeddings.token_embedding.weight")
+    max_positions, _ = shape_of(sources, "text_model.embeddings.position_embedding.weight")
     sizes: Config = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": _shape(sources, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": shape_of(sources, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
         "num_hidden_layers": _count(sources, "text_model.encoder.layers."),
         "num_attention_heads": max(1, hidden_size // HEAD_DIM),
         "max_position_embeddings": max_positions,
     }
     if "text_projection.weight" in sources:
-        sizes["projection_dim"] = _shape(sources, "text_projection.weight")[0]
+        sizes["projection_dim"] = shape_of(sources, "text_projection.weight")[0]
     return sizes
 
 
-def _shape(sources: Sources, name: str) -> tuple[int, ...]:
+def shape_of(sources: Sources, name: str) -> tuple[int, ...]:
     """Return the shape of a matrix or a convolution that tells a size of the network."""
     source = sources.get(name)
     if source is None or len(source.shape) < 2:

@@ -147,7 +147,11 @@ def _files(checkpoint: Checkpoint, *, variant: Variant, dtype: str) -> dict[str,
 
 
 def _info(name: str, checkpoint: Checkpoint, revision: str) -> ModelInfo:
-    defaults = FAMILY_DEFAULTS[checkpoint.family]
+    defaults = FAMILY_DEFAULTS.get(checkpoint.family)
+    if defaults is None:
+        raise ModelError(
+            f"{name}: this is {checkpoint.family}; raydiff renders {', '.join(FAMILY_DEFAULTS)}"
+        )
     height, width = _default_size(checkpoint)
     return ModelInfo(
         name=name,

@@ -1,5 +1,5 @@
-"""Original single files of SD 2.1 and SDXL: which family, which tensor belongs to which component,
-and what the network predicts."""
+"""Original single files of SD 2.1, SDXL and LTX-2: which family, which tensor belongs to which
+component, and what an SD network predicts."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,9 @@ from pathlib import Path
 import yaml
 
 from raydiff.errors import ModelError
+from raydiff.weights.fp8 import with_standard_scales
 from raydiff.weights.headers import read_header, read_metadata
+from raydiff.weights.keymaps import ltx2
 from raydiff.weights.keymaps.clip import OPEN_CLIP, TRANSFORMERS_CLIP
 from raydiff.weights.keymaps.rules import KeyMap, To, rename
 from raydiff.weights.keymaps.skipped import SKIPPED_IN_SINGLE_FILES
@@ -30,8 +32,18 @@ PREFIXES: dict[str, dict[str, tuple[str, KeyMap]]] = {
         "conditioner.embedders.0.": ("text_encoder", TRANSFORMERS_CLIP),
         "conditioner.embedders.1.model.": ("text_encoder_2", OPEN_CLIP),
     },
+    "ltx2": {
+        "model.diffusion_model.video_embeddings_connector.": ("connectors", ltx2.VIDEO_CONNECTOR),
+        "model.diffusion_model.audio_embeddings_connector.": ("connectors", ltx2.AUDIO_CONNECTOR),
+        "model.diffusion_model.": ("transformer", ltx2.TRANSFORMER),
+        "text_embedding_projection.": ("connectors", ltx2.TEXT_PROJECTIONS),
+        "vae.": ("vae", ltx2.VIDEO_VAE),
+        "audio_vae.": ("audio_vae", ltx2.AUDIO_VAE),
+        "vocoder.": ("vocoder", ltx2.VOCODER),
+    },
 }
-"""Where each component's tensors stand in a file of the family, and the table that renames them."""
+"""Where each component's tensors stand in a file of the family, and the table that renames them.
+The first line that a name begins with is its own."""
 
 UNSUPPORTED = {
     "cond_stage_model.transformer.": "Stable Diffusion 1.x",
@@ -72,8 +84,10 @@ class SplitFile:
 
 
 def detect_family(names: Iterable[str]) -> str | None:
-    """Return `sdxl`, `sd21` or None from the tensor names of a file."""
+    """Return `sdxl`, `sd21`, `ltx2` or None from the tensor names of a file."""
     names = list(names)
+    if any(name.startswith("model.diffusion_model.av_ca_") for name in names):
+        return "ltx2"
     if any(name.startswith("conditioner.embedders.1.model.") for name in names):
         return "sdxl"
     if any(name.startswith("cond_stage_model.model.") for name in names):
@@ -89,7 +103,9 @@ def split_file(path: Path) -> SplitFile:
     header = read_header(path)
     family = detect_family(header)
     if family is None:
-        raise ModelError(f"{path}: {_what_it_is(header)}; raydiff reads SD 2.1 and SDXL base files")
+        raise ModelError(
+            f"{path}: {_what_it_is(header)}; raydiff reads SD 2.1, SDXL base and LTX-2 files"
+        )
     components: dict[str, dict[str, TensorSource]] = {
         component: {} for component, _ in PREFIXES[family].values()
     }
@@ -103,7 +119,12 @@ def split_file(path: Path) -> SplitFile:
             unknown.append(key)
         else:
             components[component] |= tensor_sources(path, key, tensor, to)
-    return SplitFile(family=family, components=components, skipped=skipped, unknown=tuple(unknown))
+    return SplitFile(
+        family=family,
+        components={name: with_standard_scales(sources) for name, sources in components.items()},
+        skipped=skipped,
+        unknown=tuple(unknown),
+    )
 
 
 def skip_reason(name: str, table: dict[str, str]) -> str | None:

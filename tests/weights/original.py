@@ -23,9 +23,9 @@ def sd21_shapes(unet=SD21_UNET, vae_channels=128, width=1024, layers=24, vocab=4
     """A whole SD 2.1 file."""
     text = open_clip_shapes(width, layers, projection=width, vocab=vocab)
     return {
-        **_under("model.diffusion_model", unet_shapes(**unet)),
-        **_under("first_stage_model", vae_shapes(vae_channels)),
-        **_under("cond_stage_model.model", text),
+        **under("model.diffusion_model", unet_shapes(**unet)),
+        **under("first_stage_model", vae_shapes(vae_channels)),
+        **under("cond_stage_model.model", text),
         **dict.fromkeys(("betas", "alphas_cumprod", "sqrt_recipm1_alphas_cumprod"), (1000,)),
     }
 
@@ -36,13 +36,13 @@ def sdxl_shapes(
     """A whole SDXL base file."""
     second = open_clip_shapes(widths[1], layers[1], projection=widths[1], vocab=vocab)
     return {
-        **_under("model.diffusion_model", unet_shapes(**unet)),
-        **_under("first_stage_model", vae_shapes(vae_channels)),
-        **_under(
+        **under("model.diffusion_model", unet_shapes(**unet)),
+        **under("first_stage_model", vae_shapes(vae_channels)),
+        **under(
             "conditioner.embedders.0.transformer.text_model",
             clip_shapes(widths[0], layers[0], vocab=vocab),
         ),
-        **_under("conditioner.embedders.1.model", second),
+        **under("conditioner.embedders.1.model", second),
         "denoiser.sigmas": (1000,),
     }
 
@@ -50,9 +50,9 @@ def sdxl_shapes(
 def unet_shapes(channels, mult, depth, context, added=None) -> Shapes:
     """UNetModel.__init__, with two resnets for each resolution."""
     time = 4 * channels
-    shapes = {**_linear("time_embed.0", channels, time), **_linear("time_embed.2", time, time)}
+    shapes = {**linear("time_embed.0", channels, time), **linear("time_embed.2", time, time)}
     if added is not None:
-        shapes |= _linear("label_emb.0.0", added, time) | _linear("label_emb.0.2", time, time)
+        shapes |= linear("label_emb.0.0", added, time) | linear("label_emb.0.2", time, time)
     shapes |= _conv("input_blocks.0.0", 4, channels, 3)
     width, number, skips = channels, 1, [channels]
     for level, factor in enumerate(mult):
@@ -124,9 +124,9 @@ def open_clip_shapes(width, layers, projection, vocab=49408) -> Shapes:
         shapes |= _norm(f"{block}.ln_1", width) | _norm(f"{block}.ln_2", width)
         shapes[f"{block}.attn.in_proj_weight"] = (3 * width, width)
         shapes[f"{block}.attn.in_proj_bias"] = (3 * width,)
-        shapes |= _linear(f"{block}.attn.out_proj", width, width)
-        shapes |= _linear(f"{block}.mlp.c_fc", width, 4 * width)
-        shapes |= _linear(f"{block}.mlp.c_proj", 4 * width, width)
+        shapes |= linear(f"{block}.attn.out_proj", width, width)
+        shapes |= linear(f"{block}.mlp.c_fc", width, 4 * width)
+        shapes |= linear(f"{block}.mlp.c_proj", 4 * width, width)
     return shapes
 
 
@@ -142,15 +142,16 @@ def clip_shapes(width, layers, vocab=49408) -> Shapes:
         block = f"encoder.layers.{layer}"
         shapes |= _norm(f"{block}.layer_norm1", width) | _norm(f"{block}.layer_norm2", width)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _linear(f"{block}.self_attn.{name}", width, width)
-        shapes |= _linear(f"{block}.mlp.fc1", width, 4 * width)
-        shapes |= _linear(f"{block}.mlp.fc2", 4 * width, width)
+            shapes |= linear(f"{block}.self_attn.{name}", width, width)
+        shapes |= linear(f"{block}.mlp.fc1", width, 4 * width)
+        shapes |= linear(f"{block}.mlp.fc2", 4 * width, width)
     return shapes
 
 
-def write_header_only(path: Path, shapes: Shapes) -> None:
+def write_header_only(path: Path, shapes: Shapes, metadata: dict[str, str] | None = None) -> None:
     """Write a file whose tensors are a hole: full size for the header's reader, no disk space."""
-    header, offset = {}, 0
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
     for name, shape in shapes.items():
         size = 2 * int(torch.Size(shape).numel())
         header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + size]}
@@ -169,11 +170,11 @@ def write_random(path: Path, shapes: Shapes, metadata=None, seed=0) -> dict[str,
     return tensors
 
 
-def _under(prefix: str, shapes: Shapes) -> Shapes:
+def under(prefix: str, shapes: Shapes) -> Shapes:
     return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
 
 
-def _linear(name: str, inner: int, outer: int, *, has_bias: bool = True) -> Shapes:
+def linear(name: str, inner: int, outer: int, *, has_bias: bool = True) -> Shapes:
     bias = {f"{name}.bias": (outer,)} if has_bias else {}
     return {f"{name}.weight": (outer, inner), **bias}
 
@@ -191,7 +192,7 @@ def _resblock(name: str, inner: int, outer: int, time: int) -> Shapes:
     return {
         **_norm(f"{name}.in_layers.0", inner),
         **_conv(f"{name}.in_layers.2", inner, outer, 3),
-        **_linear(f"{name}.emb_layers.1", time, outer),
+        **linear(f"{name}.emb_layers.1", time, outer),
         **_norm(f"{name}.out_layers.0", outer),
         **_conv(f"{name}.out_layers.3", outer, outer, 3),
         **skip,
@@ -200,17 +201,17 @@ def _resblock(name: str, inner: int, outer: int, time: int) -> Shapes:
 
 def _attention(name: str, width: int, depth: int, context: int) -> Shapes:
     shapes = _norm(f"{name}.norm", width)
-    shapes |= _linear(f"{name}.proj_in", width, width)
-    shapes |= _linear(f"{name}.proj_out", width, width)
+    shapes |= linear(f"{name}.proj_in", width, width)
+    shapes |= linear(f"{name}.proj_out", width, width)
     for layer in range(depth):
         block = f"{name}.transformer_blocks.{layer}"
         for attention, inner in (("attn1", width), ("attn2", context)):
-            shapes |= _linear(f"{block}.{attention}.to_q", width, width, has_bias=False)
-            shapes |= _linear(f"{block}.{attention}.to_k", inner, width, has_bias=False)
-            shapes |= _linear(f"{block}.{attention}.to_v", inner, width, has_bias=False)
-            shapes |= _linear(f"{block}.{attention}.to_out.0", width, width)
-        shapes |= _linear(f"{block}.ff.net.0.proj", width, 8 * width)
-        shapes |= _linear(f"{block}.ff.net.2", 4 * width, width)
+            shapes |= linear(f"{block}.{attention}.to_q", width, width, has_bias=False)
+            shapes |= linear(f"{block}.{attention}.to_k", inner, width, has_bias=False)
+            shapes |= linear(f"{block}.{attention}.to_v", inner, width, has_bias=False)
+            shapes |= linear(f"{block}.{attention}.to_out.0", width, width)
+        shapes |= linear(f"{block}.ff.net.0.proj", width, 8 * width)
+        shapes |= linear(f"{block}.ff.net.2", 4 * width, width)
         for norm in ("norm1", "norm2", "norm3"):
             shapes |= _norm(f"{block}.{norm}", width)
     return shapes

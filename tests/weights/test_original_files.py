@@ -242,7 +242,7 @@ def test_incomplete_files_say_what_is_missing(tmp_path: Path, dropped: str, mess
 def test_other_files_are_named(tmp_path: Path, name: str, what: str) -> None:
     path = tmp_path / "other.safetensors"
     write_header_only(path, {name: (4,)})
-    with pytest.raises(ModelError, match=f"{what}.*raydiff reads SD 2.1 and SDXL base"):
+    with pytest.raises(ModelError, match=f"{what}.*raydiff reads SD 2.1, SDXL base and LTX-2"):
         open_checkpoint(path)
 
 

@@ -4,8 +4,12 @@ POSITION_IDS = "the numbers 0..76, which the text encoder counts itself"
 SCHEDULE = "training schedule, computed from scheduler_config.json instead"
 TRAINING = "used in training only"
 
+FP8_MARKER = "says that the file is in fp8, which the tensors' own dtypes say too"
+
 SKIPPED_IN_FOLDERS: dict[str, str] = {
     r"(text_model\.)?embeddings\.position_ids": POSITION_IDS,
+    r"(model\.)?(vision_tower|multi_modal_projector)\..*": "image half of Gemma 3",
+    r"(language_model\.)?lm_head\.weight": "LTX-2 reads Gemma's hidden states, not its next token",
 }
 
 SKIPPED_IN_SINGLE_FILES: dict[str, str] = {
@@ -27,4 +31,6 @@ SKIPPED_IN_SINGLE_FILES: dict[str, str] = {
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..*": (
         "SD 2.x reads the 23rd layer's output, so the 24th never runs"
     ),
+    r"vae\.per_channel_statistics\.(channel|mean-of-stds(_over_std-of-means)?)": TRAINING,
+    r"(.*\.)?(scaled_fp8|comfy_quant)": FP8_MARKER,
 }
