@@ -7,7 +7,6 @@ activations of BigVGAN (arXiv 2206.04658) for 2.3.
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -287,8 +286,7 @@ def _resampling_margin() -> int:
     return math.ceil(RESAMPLER_WIDTH / RESAMPLER_ROLLOFF)
 
 
-@lru_cache(maxsize=4)
-def _resampling_taps(ratio: int) -> tuple[float, ...]:
+def _resampling_taps(ratio: int) -> list[float]:
     margin = _resampling_margin()
     taps = []
     for index in range(2 * margin * ratio + 1):
@@ -296,4 +294,4 @@ def _resampling_taps(ratio: int) -> tuple[float, ...]:
         window = math.cos(math.pi / 2 * min(abs(time) / RESAMPLER_WIDTH, 1)) ** 2
         sinc = math.sin(math.pi * time) / (math.pi * time) if time else 1.0
         taps.append(sinc * window * RESAMPLER_ROLLOFF / ratio)
-    return tuple(taps)
+    return taps
