@@ -205,15 +205,15 @@ def test_shares_add_up_and_cores_part_the_image(tile, scale):
             (length,) = {span.stop - span.start for span in spans}
             assert length <= min(size, tile)
             assert all(a.stop - b.start >= overlap for a, b in pairwise(spans))
-            shares = torch.zeros(size * scale)
+            total = torch.zeros(size * scale)
             cores = torch.zeros(size * scale * 2, dtype=torch.int64)
             for span in spans:
                 weights = shares(span, scale, torch.device("cpu"))
                 assert weights.min() >= 0
-                shares[span.start * scale : span.stop * scale] += weights
+                total[span.start * scale : span.stop * scale] += weights
                 pixels = length * scale * 2
                 cores[span.start * scale * 2 :][:pixels][_core(span, pixels)] += 1
-            torch.testing.assert_close(shares, torch.ones_like(shares))
+            torch.testing.assert_close(total, torch.ones_like(total))
             assert torch.equal(cores, torch.ones_like(cores))
 
 

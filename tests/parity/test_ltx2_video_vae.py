@@ -1,4 +1,4 @@
-"""LTX-2's video VAE against diffusers' at fp32, on random weights, biases, statistics and inputs."""
+"""LTX-2's video VAE against diffusers' at fp32, on random weights, statistics and inputs."""
 
 import diffusers
 import pytest
