@@ -143,6 +143,14 @@ def test_padding_is_masked():
     assert relative_error(tokens_of(unmasked, mask), tokens_of(states, mask)) > 1e-2
 
 
+def test_padding_sees_itself():
+    """So that no row of the attention is empty, which some kernels answer with NaN."""
+    encoder = random_encoder()
+    input_ids = torch.tensor([[7]])
+    is_token = torch.tensor([[True]])
+    assert torch.equal(encoder(input_ids, ~is_token), encoder(input_ids, is_token))
+
+
 def test_rows_do_not_depend_on_the_batch_or_on_padding_that_was_left_off():
     encoder = random_encoder()
     input_ids, mask = random_prompts([10, 6, 1])

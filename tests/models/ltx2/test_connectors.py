@@ -211,7 +211,9 @@ def test_bfloat16_stays_near_float32(options):
     states, mask = random_prompts([8, 3])
     states = states.to(torch.bfloat16)
     exact = connectors(states.float(), mask, 8)
+    packed = connectors.pack(states.float(), mask)
     connectors = connectors.to(torch.bfloat16)
+    assert torch.equal(connectors.pack(states, mask), packed.to(torch.bfloat16))
     connectors.prepare_for_inference()
     rounded = connectors(states, mask, 8)
     for out, expected in zip(rounded, exact, strict=True):
