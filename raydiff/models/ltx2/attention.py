@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydiff.models.fp8_linear import Fp8Linear, concatenate_fp8_linears
 from raydiff.models.ltx2.rope import Rotation, rotate
 
 
@@ -37,7 +38,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(source_dim, inner_dim)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim)])
         self.to_gate_logits = nn.Linear(query_dim, num_heads) if has_gates else None
-        self.fused: nn.Linear | None = None
+        self.fused: nn.Linear | Fp8Linear | None = None
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, inner_dim) -> (B, N, heads, head_dim), a view."""
@@ -138,11 +139,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def concatenate_linears(*layers: nn.Linear) -> nn.Linear:
-    """One layer whose output is the layers' outputs side by side."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
+def concatenate_linears(*layers: nn.Linear | Fp8Linear) -> nn.Linear | Fp8Linear:
+    """One layer whose output is the layers' outputs side by side; in fp8 if all of them are."""
+    fp8 = [layer for layer in layers if isinstance(layer, Fp8Linear)]
+    if len(fp8) == len(layers):
+        return concatenate_fp8_linears(fp8)
+    dtype = next(layer.weight.dtype for layer in layers if layer not in fp8)
+    weight = torch.cat(
+        [
+            layer.full_weight().to(dtype) if isinstance(layer, Fp8Linear) else layer.weight.detach()
+            for layer in layers
+        ]
+    )
     fused = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     fused.weight = nn.Parameter(weight, requires_grad=False)
-    bias = torch.cat([layer.bias.detach() for layer in layers])
+    bias = torch.cat([layer.bias.detach() for layer in layers if layer.bias is not None])
     fused.bias = nn.Parameter(bias, requires_grad=False)
     return fused
