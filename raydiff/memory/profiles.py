@@ -66,9 +66,21 @@ class Profile:
         return sum(on_gpu.values()) if self.cleanup == "none" else max(on_gpu.values(), default=0)
 
 
+_KINDS = {
+    "transformer": "unet",
+    "refine_transformer": "unet",
+    "connectors": "text_encoder",
+    "latent_upsampler": "vae",
+    "audio_vae": "vae",
+    "vocoder": "vae",
+}
+
+
 def component_kind(component: str) -> str:
     """Return the kind that profiles speak of: `text_encoder_2` is a `text_encoder`."""
-    return "text_encoder" if component.startswith("text_encoder") else component
+    if component.startswith("text_encoder"):
+        return "text_encoder"
+    return _KINDS.get(component, component)
 
 
 def load_profile(name: ProfileName) -> Profile:
