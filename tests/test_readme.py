@@ -48,9 +48,7 @@ def put_in_cache(cache: Path, repo: str, pipeline: Path) -> None:
     (folder / "refs" / "main").write_text(commit)
 
 
-def test_every_block_runs(
-    tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path, s3: FaultyS3
-) -> None:
+def test_every_block_runs(tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path, s3: FaultyS3) -> None:
     for family, pipeline in (("sd21", tiny_sd21), ("sdxl", tiny_sdxl)):
         put_in_cache(tmp_path / "cache", REPOS[family], pipeline)
     for name in ("jobs", "configs", "tests", "raydiff", "pyproject.toml"):

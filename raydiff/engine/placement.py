@@ -100,8 +100,12 @@ def _cluster_file_here(engine: EngineConfig, num_gpus: int) -> ClusterLayout:
 
 
 def _on_one_machine(stages: dict[Role, StagePlacement]) -> ClusterLayout:
-    """Share this machine's cores out evenly, where a stage does not say how many it takes."""
-    num_workers = sum(placement.num_workers for placement in stages.values())
+    """Share this machine's cores out, where a stage does not say how many it takes.
+
+    Each stage shares all of them among its own workers, as a fused run does: the number of threads
+    decides the last bits of an image, and split and fused runs are to write the same.
+    """
+    num_workers = max(placement.num_workers for placement in stages.values())
     threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
     return _layout(
         {

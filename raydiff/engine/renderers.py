@@ -1,6 +1,7 @@
 """The renderer of a real run: a pipeline that stays loaded while its model is asked for."""
 
 import gc
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,12 @@ class PipelineRenderer:
         self._unusable: dict[str, ModelError] = {}
 
     def start(self) -> str:
-        """Load the model that most rows want, and return the device's name."""
+        """Load the model that most rows want, and return the device's name.
+
+        Called in the thread that renders: torch was imported before OMP_NUM_THREADS was set here.
+        """
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(int(threads))
         if self._preload is not None:
             self._load(self._find_here(self._preload))
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from raydiff.config import MemoryConfig, ModelConfig
@@ -264,3 +265,15 @@ def test_cpu_only_has_nothing_poorer(renderer: PipelineRenderer) -> None:
     renderer.start()
     assert renderer.step_down() is None
     assert renderer.render([request(renderer._pipeline.info, 0)]).profile == "cpu_only"  # type: ignore[union-attr]
+
+
+def test_the_renderer_computes_with_the_threads_of_its_worker(
+    tiny_sd21: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    try:
+        PipelineRenderer(model=ModelConfig(name=str(tiny_sd21)), memory=MemoryConfig()).start()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
