@@ -7,8 +7,10 @@ before they start; only what comes after that is run (CI runs them whole, from a
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,25 @@ def put_in_cache(cache: Path, repo: str, pipeline: Path) -> None:
     (folder / "refs" / "main").write_text(commit)
 
 
+def run_in_a_group(
+    command: list[str], *, cwd: Path, env: dict[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command, and end what it leaves running in the background if it fails."""
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        stdout, stderr = process.communicate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
 def test_every_block_runs(tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path, s3: FaultyS3) -> None:
     for family, pipeline in (("sd21", tiny_sd21), ("sdxl", tiny_sdxl)):
         put_in_cache(tmp_path / "cache", REPOS[family], pipeline)
@@ -71,9 +92,7 @@ def test_every_block_runs(tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path, s3: 
         command = ["bash", "-euo", "pipefail", "-c", SETUP.sub("", text)]
         if language == "python":
             command = [sys.executable, "-c", text]
-        run = subprocess.run(
-            command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
-        )
+        run = run_in_a_group(command, cwd=tmp_path, env=environ)
         assert run.returncode == 0, f"{text}\n{run.stdout}\n{run.stderr}"
     assert len(list((tmp_path / "renders" / "images").rglob("*.png"))) == 5
     assert len(list((tmp_path / "dataset-out" / "images").rglob("*.jpg"))) == 2
