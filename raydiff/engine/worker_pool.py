@@ -175,7 +175,7 @@ class WorkerPool:
         events.sort(key=lambda event: isinstance(event, WorkerFailed))
         for event in events:
             if isinstance(event, WorkerFailed):
-                self._forget(event.worker_id)
+                self._forget(event.worker_id, event.incarnation)
         return events
 
     def unmet(self, role: Role) -> str:
@@ -184,8 +184,8 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the workers."""
-        for worker_id in list(self._processes):
-            self._forget(worker_id)
+        for process in list(self._processes.values()):
+            self._forget(process.worker_id, process.incarnation)
         self._pending.clear()
         self._embeds.clear()
         self._latents.clear()
@@ -223,7 +223,7 @@ class WorkerPool:
             reason = f"{reason}: {self.unmet(process.role)}"
         process.is_stuck = decision.kind in ("late", "hung")
         self._events.append(process.failed(reason, STOP_CAUSES[decision.kind]))
-        self._forget(decision.worker_id)
+        self._forget(decision.worker_id, decision.incarnation)
 
     def _encode(self, decision: Encode) -> None:
         process = self._processes[decision.worker_id]
@@ -420,10 +420,11 @@ class WorkerPool:
             f"killed: it has not answered for {silent_s:.0f} s (engine.health_timeout_s)", "hung"
         )
 
-    def _forget(self, worker_id: str) -> None:
+    def _forget(self, worker_id: str, incarnation: int) -> None:
         """Kill what is left of a worker and expect nothing more from it."""
-        process = self._processes.pop(worker_id, None)
-        if process is not None:
+        process = self._processes.get(worker_id)
+        if process is not None and process.incarnation == incarnation:
+            del self._processes[worker_id]
             self._session.kill(process.actor, process.where, is_stuck=process.is_stuck)
             self._pending = {
                 ref: call for ref, call in self._pending.items() if call.process is not process
