@@ -1,0 +1,305 @@
+"""LTX-2's whole pipeline against diffusers' on random weights: prompts to frames and sound."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    LTX2ImageToVideoPipeline,
+    LTX2LatentUpsamplePipeline,
+    LTX2Pipeline,
+)
+from diffusers.pipelines.ltx2.utils import (
+    DISTILLED_SIGMA_VALUES,
+    STAGE_2_DISTILLED_SIGMA_VALUES,
+    apply_image_conditioning_crf,
+)
+from PIL import Image
+from torch import Tensor, nn
+
+from raydiff.memory.residency import Residency
+from raydiff.pipelines.ltx2 import LTX2Pipeline as OurPipeline
+from raydiff.pipelines.ltx2_decoder import ClipDecoder
+from raydiff.pipelines.ltx2_first_frame import compress
+from tests.parity.ltx2_reference import (
+    reference_pipeline,
+    reference_transformer,
+    reference_upsampler,
+)
+from tests.pipelines.tiny_ltx2 import (
+    MAX_LENGTH,
+    Version,
+    tiny_components,
+    tiny_modules,
+    tiny_pipeline,
+)
+
+TOLERANCE = 1e-4
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing config attribute `hop_length`")
+
+SIZE: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "frame_rate": 25.0}
+TWICE = {**SIZE, "height": 128, "width": 192}
+UNGUIDED: dict[str, Any] = {
+    "guidance_scale": 1.0,
+    "stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "guidance_rescale": 0.0,
+    "audio_guidance_scale": 1.0,
+    "audio_stg_scale": 0.0,
+    "audio_modality_scale": 1.0,
+    "audio_guidance_rescale": 0.0,
+}
+GUIDED: dict[str, Any] = {
+    "guidance_scale": 3.0,
+    "stg_scale": 1.0,
+    "modality_scale": 2.5,
+    "guidance_rescale": 0.7,
+    "audio_guidance_scale": 5.0,
+    "audio_stg_scale": 0.8,
+    "audio_modality_scale": 2.0,
+    "audio_guidance_rescale": 0.4,
+}
+ROWS: list[dict[str, Any]] = [
+    {
+        "prompt": " a red cat on the video ",
+        "negative_prompt": "blue",
+        "seed": 1,
+        "num_inference_steps": 3,
+        "stg_blocks": (1,),
+        **GUIDED,
+    },
+    {
+        "prompt": "dog",
+        "negative_prompt": None,
+        "seed": 2,
+        "num_inference_steps": 4,
+        "stg_blocks": (0, 2),
+        **UNGUIDED,
+        "audio_guidance_scale": 4.0,
+        "modality_scale": 2.0,
+    },
+    {
+        "prompt": "the camera",
+        "negative_prompt": None,
+        "seed": 3,
+        "num_inference_steps": 2,
+        "stg_blocks": (),
+        **UNGUIDED,
+    },
+]
+"""Rows with all, some and no guidance, of different lengths; they share a batch."""
+
+
+class Pair:
+    """diffusers' pipelines of one version, and ours on the same weights."""
+
+    def __init__(self, version: Version, folder: Path) -> None:
+        self.pipe = reference_pipeline(version, folder)
+        self.upsampler = reference_upsampler(version)
+        self.refine_transformer = reference_transformer(version)
+        references: dict[str, nn.Module] = {
+            **self.pipe.components,
+            "text_encoder": self.pipe.text_encoder.model.language_model,
+            "latent_upsampler": self.upsampler,
+            "refine_transformer": self.refine_transformer,
+        }
+        modules = tiny_modules(version, self.pipe.text_encoder.config.text_config.vocab_size)
+        for name, module in modules.items():
+            module.load_state_dict(references[name].state_dict())
+        self.parts = tiny_components(version, folder, modules)
+        self.decoder = ClipDecoder(
+            self.parts.vae,
+            self.parts.audio_vae,
+            self.parts.vocoder,
+            Residency(modules, tiny_pipeline(self.parts).profile),
+        )
+
+    def render(
+        self, pipeline: OurPipeline, rows: Sequence[dict[str, Any]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return what we make of a batch: frames in 0..1 before they are rounded, and sound."""
+        requests = [pipeline.request(**row) for row in rows]
+        denoised = pipeline.denoise(requests, pipeline.encode(requests))
+        assert denoised.errors == (None,) * len(rows)
+        return [
+            (as_levels(self.decoder.pixels(video, pipeline.profile)), self.decoder.sound(audio))
+            for video, audio in zip(*denoised.latents, strict=True)
+        ]
+
+    def reference(
+        self, row: dict[str, Any], scheduler: Any = None, **options: Any
+    ) -> tuple[Any, Any]:
+        """Return what diffusers makes of one row: frames and sound, or latents."""
+        components = self.pipe.components
+        if scheduler is not None:
+            components = components | {"scheduler": scheduler}
+        return self.call(row, components, as_arguments(row) | options)
+
+    def call(
+        self, row: dict[str, Any], components: dict[str, Any], arguments: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """Call diffusers' pipeline for the row's task."""
+        pipe = (LTX2ImageToVideoPipeline if "init_image" in row else LTX2Pipeline)(**components)
+        pipe.set_progress_bar_config(disable=True)
+        frames, sound = pipe(**arguments, return_dict=False, max_sequence_length=MAX_LENGTH)
+        return frames, sound
+
+    def reference_in_two_stages(
+        self, row: dict[str, Any], transformer: nn.Module, **options: Any
+    ) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Return diffusers' frames and the sounds of its two stages, called as its docs do.
+
+        They have no first frame in the second stage but the upsampler's; LTX-2's own pipelines
+        encode the image once more, at the whole size.
+        """
+        half = {**row, "height": row["height"] // 2, "width": row["width"] // 2}
+        generator = torch.Generator().manual_seed(row["seed"])
+        shared = {"generator": generator, **options}
+        video, audio = self.reference(half, **shared, output_type="latent")
+        upsample = LTX2LatentUpsamplePipeline(vae=self.pipe.vae, latent_upsampler=self.upsampler)
+        sizes = {"height": half["height"], "width": half["width"], "num_frames": row["num_frames"]}
+        (latents,) = upsample(latents=video, **sizes, output_type="latent", return_dict=False)
+        if "init_image" in row:
+            latents[:, :, :1] = self.first_frame(row)
+        changes = {"transformer": transformer, "scheduler": self.fixed_scheduler()}
+        refine = self.pipe.components | changes
+        arguments = as_arguments(row | UNGUIDED | {"num_inference_steps": 3}) | {
+            "generator": generator,
+            "latents": latents,
+            "audio_latents": audio,
+            "sigmas": STAGE_2_DISTILLED_SIGMA_VALUES,
+            "noise_scale": STAGE_2_DISTILLED_SIGMA_VALUES[0],
+        }
+        frames, second_sound = self.call(row, refine, arguments)
+        with torch.no_grad():
+            first_sound = self.pipe.vocoder(self.pipe.audio_vae.decode(audio).sample)
+        return frames, first_sound, second_sound
+
+    def fixed_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """Return the scheduler that takes lists of sigmas as they are."""
+        return FlowMatchEulerDiscreteScheduler.from_config(
+            self.pipe.scheduler.config, use_dynamic_shifting=False, shift_terminal=None
+        )
+
+    @torch.no_grad()
+    def first_frame(self, row: dict[str, Any]) -> Tensor:
+        """Return the raw latents of the row's image at its whole size."""
+        pipe = LTX2ImageToVideoPipeline(**self.pipe.components)
+        pixels = apply_image_conditioning_crf(np.array(read_image(row["init_image"])), 33)
+        image = pipe.video_processor.preprocess(
+            Image.fromarray(pixels), height=row["height"], width=row["width"]
+        )
+        return self.pipe.vae.encode(image.unsqueeze(2)).latent_dist.mode()
+
+
+def as_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as diffusers' pipelines take it."""
+    values = {"output_type": "np", "generator": torch.Generator().manual_seed(row["seed"]), **row}
+    del values["seed"]
+    values["spatio_temporal_guidance_blocks"] = list(values.pop("stg_blocks")) or None
+    if "init_image" in values:
+        values["image"] = read_image(values.pop("init_image"))
+    return values
+
+
+def as_levels(parts: Iterable[Tensor]) -> np.ndarray:
+    """Return parts (f, 3, H, W) in -1..1 as frames (F, H, W, 3) in 0..1."""
+    frames = torch.cat(list(parts)).permute(0, 2, 3, 1)
+    return (frames / 2 + 0.5).clamp(0, 1).numpy()
+
+
+def assert_equal(ours: tuple[np.ndarray, np.ndarray], frames: np.ndarray, sound: Tensor) -> None:
+    assert ours[0].shape == frames[0].shape
+    assert ours[1].shape == tuple(sound[0].shape)
+    assert np.abs(ours[0] - frames[0]).max() <= TOLERANCE
+    assert np.abs(ours[1] - sound[0].numpy()).max() <= TOLERANCE
+    # Neither grey nor silent, and not cut at the ends of their ranges.
+    assert frames[0].std() > 0.1
+    assert 0.02 < sound[0].std() < 0.7
+
+
+def read_image(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def write_image(path: Path, height: int, width: int) -> str:
+    """Write smooth random colours, which H.264 changes and does not destroy."""
+    coarse = np.random.default_rng(5).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=["2.0", "2.3"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(request.param, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def init_image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the path of an image of the clips' aspect and of another, odd, size."""
+    return write_image(tmp_path_factory.mktemp("images") / "first.png", 97, 145)
+
+
+def test_one_stage_equals_diffusers_in_a_batch_of_mixed_guidance_and_steps(pair: Pair) -> None:
+    rows = [{**row, **SIZE} for row in ROWS]
+    for guidance in ("batched", "sequential"):
+        pipeline = tiny_pipeline(pair.parts, guidance=guidance)
+        clips = pair.render(pipeline, rows)
+        for row, clip in zip(rows, clips, strict=True):
+            assert_equal(clip, *pair.reference(row))
+
+
+def test_a_given_first_frame_equals_diffusers_beside_rows_without(
+    pair: Pair, init_image: str
+) -> None:
+    first, second, third = ({**row, **SIZE} for row in ROWS)
+    rows = [{**first, "init_image": init_image}, second, {**third, "init_image": init_image}]
+    clips = pair.render(tiny_pipeline(pair.parts), rows)
+    for row, clip in zip(rows, clips, strict=True):
+        assert_equal(clip, *pair.reference(row))
+
+
+def test_distilled_equals_diffusers(pair: Pair) -> None:
+    row = {**ROWS[2], **SIZE, "num_inference_steps": 8}
+    scheduler = pair.fixed_scheduler()
+    expected = pair.reference(row, scheduler, sigmas=DISTILLED_SIGMA_VALUES)
+    (clip,) = pair.render(tiny_pipeline(pair.parts, "distilled"), [row])
+    assert_equal(clip, *expected)
+
+
+@pytest.mark.parametrize("task", ["txt2vid", "img2vid"])
+def test_two_stages_equal_diffusers(pair: Pair, init_image: str, task: str) -> None:
+    row = {**ROWS[0], **TWICE} | ({"init_image": init_image} if task == "img2vid" else {})
+    frames, first_sound, _ = pair.reference_in_two_stages(row, pair.refine_transformer)
+    (clip,) = pair.render(tiny_pipeline(pair.parts, "two_stage"), [row])
+    assert_equal(clip, frames, first_sound)
+
+
+def test_distilled_two_stages_equal_diffusers(pair: Pair) -> None:
+    row = {**ROWS[2], **TWICE, "num_inference_steps": 8}
+    scheduler = pair.fixed_scheduler()
+    frames, _, second_sound = pair.reference_in_two_stages(
+        row, pair.pipe.transformer, scheduler=scheduler, sigmas=DISTILLED_SIGMA_VALUES
+    )
+    parts = replace(pair.parts, refine_transformer=None)
+    (clip,) = pair.render(tiny_pipeline(parts, "distilled_two_stage"), [row])
+    assert_equal(clip, frames, second_sound)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (97, 145)])
+def test_a_first_frame_is_compressed_as_diffusers_does(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    path = write_image(tmp_path / "first.png", *size)
+    pixels = np.array(read_image(path))
+    expected = apply_image_conditioning_crf(pixels, 33)
+    assert np.array_equal(compress(pixels, 33), expected)
+    height, width = expected.shape[:2]
+    assert np.abs(expected - pixels[:height, :width].astype(float)).mean() > 0.5
