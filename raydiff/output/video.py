@@ -1,0 +1,170 @@
+"""Videos, named by their request alone, encoded as their frames come; a file for each, or a folder
+of frames."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from raydiff.errors import RowError
+from raydiff.output.atomic import REMEDIES
+from raydiff.output.audio import fit_audio
+from raydiff.output.clip import Clip, Frame, iterate_frames
+from raydiff.output.frame_folder import INDEX_NAME, write_frames
+from raydiff.output.gif import MAX_FRAME_RATE, encode_gif
+from raydiff.output.media_store import VIDEOS_DIR, MediaStore, media_path
+from raydiff.output.storage import Storage
+from raydiff.output.video_config import VideoConfig, check_encoders
+from raydiff.output.video_encoder import encode_video
+from raydiff.output.wav import encode_wav
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenVideo:
+    """A video in place. Names are relative to the output folder, `/` separated."""
+
+    file_name: str
+    """The video; for a folder of frames its index."""
+    sha256: str
+    size_bytes: int
+    """Of the file that `file_name` names."""
+    wav_name: str | None
+    num_frames: int
+    frame_rate: float
+    duration_s: float
+    audio_sample_rate: int | None
+    """Of the sound that was made; None for a silent clip."""
+    write_s: float
+    """Seconds spent on encoding and writing, without those spent waiting for frames."""
+
+
+class VideoWriter:
+    """Encodes and writes clips; any number of threads and processes may write at once, the same
+    clip too. Raises ConfigError if an encoder is missing."""
+
+    def __init__(self, out: str | Path | Storage, config: VideoConfig) -> None:
+        check_encoders(config)
+        self._store = MediaStore(out, VIDEOS_DIR)
+        self._config = config
+
+    def save(self, clip: Clip, chunks: Iterable[NDArray[np.uint8]]) -> WrittenVideo:
+        """Write a clip from chunks of its frames, each uint8 (F, H, W, 3).
+
+        A chunk is asked for once the one before it is encoded. Raises RowError for a clip that
+        the format cannot hold, ValueError for frames that are not the clip's, DiskError, and
+        whatever `chunks` raises; then there is no video, though frames of a folder may be left.
+        """
+        check_clip(clip, self._config)
+        if self._config.strip_metadata:
+            clip = replace(clip, metadata=None)
+        started = time.perf_counter()
+        waits: list[float] = []
+        frames = iterate_frames(_timed(chunks, waits), clip)
+        wav_name = self._save_wav(clip)
+        file_name, sha256, size_bytes = self._save_frames(clip, frames)
+        return WrittenVideo(
+            file_name=file_name,
+            sha256=sha256,
+            size_bytes=size_bytes,
+            wav_name=wav_name,
+            num_frames=clip.num_frames,
+            frame_rate=float(clip.frame_rate),
+            duration_s=clip.duration_s,
+            audio_sample_rate=None if clip.audio is None else clip.audio.sample_rate,
+            write_s=time.perf_counter() - started - sum(waits),
+        )
+
+    def _save_frames(self, clip: Clip, frames: Iterator[Frame]) -> tuple[str, str, int]:
+        """Write the video and return its name, sha256 and size."""
+        file_name = video_name(clip.request_id, self._config)
+        if self._config.video == "frames":
+            folder = file_name.rpartition("/")[0]
+            data = write_frames(self._store, folder, frames, clip, self._config)
+            self._store.put(file_name, clip.request_id, data)
+            return file_name, hashlib.sha256(data).hexdigest(), len(data)
+        with self._store.staged(file_name, clip.request_id) as path:
+            self._encode(path, frames, clip)
+            sha256, size_bytes = _digest(path)
+        return file_name, sha256, size_bytes
+
+    def _encode(self, path: Path, frames: Iterator[Frame], clip: Clip) -> None:
+        try:
+            if self._config.video == "gif":
+                encode_gif(path, frames, clip)
+            else:
+                encode_video(path, frames, clip, self._config)
+        except av.FFmpegError as error:
+            if error.errno in REMEDIES:
+                raise OSError(error.errno, error.strerror) from error
+            raise RowError(
+                f"the clip of {clip.width}x{clip.height} could not be encoded: {error.strerror}. "
+                "Choose another size, output.codec or output.video."
+            ) from error
+
+    def _save_wav(self, clip: Clip) -> str | None:
+        if clip.audio is None or not self._config.wav:
+            return None
+        name = f"{media_path(VIDEOS_DIR, clip.request_id)}.wav"
+        audio = fit_audio(clip.audio, clip.num_frames, clip.frame_rate)
+        self._store.put(name, clip.request_id, encode_wav(audio))
+        return name
+
+
+def video_name(request_id: str, config: VideoConfig) -> str:
+    """Return `videos/ab/<request_id>.mp4`, or the index in the folder of that name.
+
+    Raises DiskError for anything but 32 hex digits.
+    """
+    path = media_path(VIDEOS_DIR, request_id)
+    return f"{path}/{INDEX_NAME}" if config.video == "frames" else f"{path}.{config.video}"
+
+
+def check_clip(clip: Clip, config: VideoConfig) -> None:
+    """Raise RowError if the configured format cannot hold a clip."""
+    if clip.num_frames < 1 or clip.frame_rate <= 0:
+        raise RowError(
+            f"num_frames is {clip.num_frames} and frame_rate {clip.frame_rate}; "
+            "a video needs more than 0 of both."
+        )
+    if config.video in ("mp4", "webm"):
+        for name in ("height", "width"):
+            value = getattr(clip, name)
+            if value % 2:
+                raise RowError(
+                    f"{name} is {value}; a video in yuv420p needs an even one. "
+                    f"Use {value - 1} or {value + 1}, or output.video gif or frames."
+                )
+    if config.video == "gif" and clip.frame_rate > MAX_FRAME_RATE:
+        raise RowError(
+            f"frame_rate is {float(clip.frame_rate):g}; a GIF shows at most {MAX_FRAME_RATE} "
+            f"frames a second. Use {MAX_FRAME_RATE} or less, or output.video mp4."
+        )
+    if clip.audio is not None and not np.isfinite(clip.audio.samples).all():
+        raise RowError("the sound holds values that are not finite; it cannot be written.")
+
+
+def _timed(chunks: Iterable[T], waits: list[float]) -> Iterator[T]:
+    """Yield `chunks`, adding the seconds that each took to come to `waits`."""
+    iterator = iter(chunks)
+    while True:
+        started = time.perf_counter()
+        try:
+            chunk = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            waits.append(time.perf_counter() - started)
+        yield chunk
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size
