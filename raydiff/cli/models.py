@@ -1,6 +1,7 @@
-"""`raydiff models`: look into checkpoints, download them, make tiny ones."""
+"""`raydiff models`: look into checkpoints, download them, make tiny ones and fp8 copies."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ TINY_FAMILIES = ("sd21", "sdxl")
 
 @click.group()
 def models() -> None:
-    """Inspect, download or make checkpoints.
+    """Inspect, download, quantise or make checkpoints.
 
     \b
     raydiff models pull sdxl
@@ -97,3 +98,49 @@ def make_tiny(family: Literal["sd21", "sdxl"], folder: Path, seed: int) -> None:
 
     write(family, folder, seed)
     click.echo(f"{folder}: a tiny {family} pipeline with random weights. Its images are noise.")
+
+
+@models.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    "target",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="What to write: a folder for a folder, a .safetensors file for one.",
+)
+@click.option(
+    "--scales",
+    type=click.Choice(["rowwise", "tensorwise"]),
+    default="rowwise",
+    show_default=True,
+    help="One scale for each output of a layer, which is nearer to bf16, or one for the layer.",
+)
+def quantize(source: Path, target: Path, scales: Literal["rowwise", "tensorwise"]) -> None:
+    """Write an fp8 copy of an LTX-2 checkpoint: half the memory of its transformer.
+
+    SOURCE is a pipeline folder or an original single file in bf16. The linear layers of the
+    transformer's blocks go to fp8, but for the first and last blocks; all else is as it was, and
+    files that do not change are linked where the disk can. It needs one tensor's memory, no GPU.
+
+    \b
+    raydiff models quantize ~/models/LTX-2 --out ~/models/LTX-2-fp8
+    """
+    from raydiff.pipelines.quantize import quantize as write
+
+    report = write(
+        source,
+        target,
+        scales=scales,
+        on_progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    click.echo(
+        f"{target}: {report.num_layers:,} layers are in fp8; the transformer takes "
+        f"{report.fp8_size_bytes / 1e9:.2f} GB instead of {report.size_bytes / 1e9:.2f} GB"
+    )
+
+
+def _show_progress(num_bytes: int, total_bytes: int) -> None:
+    is_done = num_bytes == total_bytes
+    text = f"\r{num_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB"
+    click.echo(text, nl=is_done, err=True)

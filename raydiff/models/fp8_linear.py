@@ -1,8 +1,8 @@
 """A linear layer whose weight is stored in fp8 with scales: weight = fp8 value * scale.
 
-On a GPU that multiplies fp8 (compute capability 8.9 on) the input is rounded to fp8 too, at the
-scale that the checkpoint measured or else at its own largest value. Elsewhere the weight is turned
-back into the input's dtype, one layer at a time.
+On a GPU that multiplies fp8 a bfloat16 input is rounded to fp8 too, at the scale that the
+checkpoint measured or else at its own largest value. Elsewhere the weight is turned back into the
+input's dtype, one layer at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 FP8_CAPABILITY = (8, 9)
+"""CUDA compute capability from which GPUs multiply fp8."""
 
 ALIGNMENT = 16
 """Both sizes of a weight must be multiples of it for torch._scaled_mm."""
@@ -56,15 +57,19 @@ class Fp8Linear(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or torch.cuda.get_device_capability(x.device) < FP8_CAPABILITY:
-            return F.linear(x, self.full_weight().to(x.dtype), self.bias)
+        if x.is_cuda and x.dtype == torch.bfloat16 and _multiplies_fp8(x.device):
+            return self.product(x)
+        return F.linear(x, self.full_weight().to(x.dtype), self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output by a product in fp8, of x in bfloat16."""
         rows = x.flatten(0, -2)  # (M, in_features)
         quantised, scale = self._quantise(rows)
-        has_row_scales = self.weight_scale.ndim > 0
         out = torch._scaled_mm(
             quantised,
             self.weight.t(),
-            scale_a=scale.expand(len(rows), 1).contiguous() if has_row_scales else scale,
+            # A scale for each row on one side wants one for each row on the other.
+            scale_a=scale.expand(len(rows), 1).contiguous() if self.weight_scale.ndim else scale,
             scale_b=self.weight_scale.t(),
             bias=self.bias,
             out_dtype=x.dtype,
@@ -84,6 +89,10 @@ class Fp8Linear(nn.Module):
             sizes = rows.abs()
             scale = scale_for(sizes.amax(dim=1, keepdim=True) if has_row_scales else sizes.amax())
         return to_fp8(rows, scale), scale
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def scale_for(largest: Tensor) -> Tensor:

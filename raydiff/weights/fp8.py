@@ -11,9 +11,6 @@ from raydiff.weights.sources import TensorSource
 FP8 = "F8_E4M3"
 """safetensors' name of torch.float8_e4m3fn, the dtype of fp8 weights."""
 
-FP8_MAX = 448.0
-"""The largest finite value of F8_E4M3."""
-
 SPELLINGS = {
     "weight_scale": "weight_scale",
     "input_scale": "input_scale",

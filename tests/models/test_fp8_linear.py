@@ -149,20 +149,51 @@ def test_a_mix_of_fp8_and_full_layers_is_fused_in_full() -> None:
     torch.testing.assert_close(fused(x), expected, rtol=1e-5, atol=1e-6)
 
 
+def with_bfloat16_bias(layer: Fp8Linear) -> Fp8Linear:
+    assert layer.bias is not None
+    layer.bias.data = layer.bias.data.bfloat16()
+    return layer
+
+
+@pytest.mark.parametrize("has_row_scales", [False, True])
+@pytest.mark.parametrize("input_scale", [None, 0.01])
+def test_the_product_in_fp8_is_near_the_full_one(
+    has_row_scales: bool, input_scale: float | None
+) -> None:
+    linear = nn.Linear(128, 96)
+    layer = with_bfloat16_bias(
+        quantised(linear, has_row_scales=has_row_scales, input_scale=input_scale)
+    )
+    x = normal(3, 10, 128)
+    out = layer.product(x.bfloat16())
+    assert (out.dtype, out.shape) == (torch.bfloat16, (3, 10, 96))
+    assert error(out, linear(x)) < 0.05
+    x[0, 0, 0] = 1e4
+    assert layer.product(x.bfloat16()).isfinite().all()
+
+
+def test_dynamic_row_scales_keep_small_tokens() -> None:
+    linear = nn.Linear(128, 96, bias=False)
+    x = normal(8, 128) * torch.logspace(-6, 2, 8)[:, None]
+    expected = linear(x)
+    errors = {
+        has_row_scales: error(
+            quantised(linear, has_row_scales=has_row_scales).product(x.bfloat16())[0], expected[0]
+        )
+        for has_row_scales in (False, True)
+    }
+    assert errors[True] < 0.05
+    assert errors[False] > 0.9
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_row_scales", [False, True])
 @pytest.mark.parametrize("input_scale", [None, 0.01])
-def test_the_gpus_product_is_near_the_full_one(
-    has_row_scales: bool, input_scale: float | None
-) -> None:
+def test_a_gpu_computes_in_fp8(has_row_scales: bool, input_scale: float | None) -> None:
     linear = nn.Linear(512, 256)
-    layer = quantised(linear, has_row_scales=has_row_scales, input_scale=input_scale).cuda()
-    assert layer.bias is not None
-    layer.bias.data = layer.bias.data.bfloat16()
+    layer = quantised(linear, has_row_scales=has_row_scales, input_scale=input_scale)
+    layer = with_bfloat16_bias(layer).cuda()
     x = normal(3, 70, 512)
     out = layer(x.cuda().bfloat16())
-    assert (out.dtype, out.shape) == (torch.bfloat16, (3, 70, 256))
+    assert torch.equal(out, layer.product(x.cuda().bfloat16()))
     assert error(out.cpu(), linear(x)) < 0.05
-    outlier = x.clone()
-    outlier[0, 0, 0] = 1e4
-    assert layer(outlier.cuda().bfloat16()).isfinite().all()
