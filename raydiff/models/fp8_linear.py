@@ -91,6 +91,7 @@ class Fp8Linear(nn.Module):
         return to_fp8(rows, scale), scale
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 

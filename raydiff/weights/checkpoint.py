@@ -7,7 +7,7 @@ from typing import Any
 
 from raydiff.errors import ModelError
 from raydiff.weights.folder import FolderFiles, Variant, choose_files, list_names, read_json
-from raydiff.weights.fp8 import with_standard_scales
+from raydiff.weights.fp8 import refuse_other_quantisation, with_standard_scales
 from raydiff.weights.headers import read_header, refuse_pickle
 from raydiff.weights.keymaps.clip import TRANSFORMERS_CLIP
 from raydiff.weights.keymaps.ltx2 import GEMMA3
@@ -226,6 +226,7 @@ def _open_single_file(path: Path) -> Checkpoint:
 
 
 def _open_ltx2_file(path: Path, split: SplitFile) -> Checkpoint:
+    refuse_other_quantisation(path, split.components["transformer"])
     configs = ltx2_configs(path, split.components)
     sources, skipped = dict(split.components), dict(split.skipped)
     for component, beside in components_beside(path).items():

@@ -4,12 +4,16 @@ the tensors beside them, whatever they are called there. A weight is its fp8 val
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from raydiff.errors import ModelError
 from raydiff.weights.sources import TensorSource
 
 FP8 = "F8_E4M3"
 """safetensors' name of torch.float8_e4m3fn, the dtype of fp8 weights."""
+
+PACKED = ("U8", "I8", "F4")
+"""Dtypes of weights in NVFP4 and int8 files."""
 
 SPELLINGS = {
     "weight_scale": "weight_scale",
@@ -61,6 +65,16 @@ def fp8_layers(sources: Mapping[str, TensorSource]) -> dict[str, Fp8Layer]:
                 has_input_scale=f"{layer}.input_scale" in sources,
             )
     return layers
+
+
+def refuse_other_quantisation(path: Path, sources: Mapping[str, TensorSource]) -> None:
+    """Raise ModelError for a file whose weights are in another quantised format than fp8."""
+    packed = [name for name, s in sources.items() if name.endswith(".weight") and s.dtype in PACKED]
+    if packed:
+        raise ModelError(
+            f"{path}: {len(packed)} weights are {sources[packed[0]].dtype} (NVFP4 or int8); "
+            "raydiff reads bf16 and fp8. Use one of those files"
+        )
 
 
 def is_fp8_scale(name: str, sources: Mapping[str, TensorSource]) -> bool:

@@ -250,6 +250,19 @@ def test_scales_of_blocks_are_refused(tmp_path: Path) -> None:
         open_checkpoint(source)
 
 
+def test_other_quantised_formats_are_refused_by_name(tmp_path: Path) -> None:
+    source = tmp_path / "ltx2.safetensors"
+    tensors = write_small(source, "2.0")
+    config = metadata_of(source)
+    layer = "model.diffusion_model.transformer_blocks.1.attn1.to_q"
+    tensors[f"{layer}.weight"] = torch.zeros(32, 16, dtype=torch.uint8)
+    tensors[f"{layer}.weight_scale"] = torch.ones(32, 2).to(torch.float8_e4m3fn)
+    tensors[f"{layer}.weight_scale_2"] = torch.ones(())
+    save_file(tensors, source, metadata=config)
+    with pytest.raises(ModelError, match=r"1 weights are U8 \(NVFP4 or int8\)"):
+        open_checkpoint(source)
+
+
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         found: dict[str, str] = file.metadata()

@@ -13,6 +13,7 @@ from raydiff.errors import ModelError
 from raydiff.models.gemma3 import Gemma3Config, Gemma3TextEncoder
 from raydiff.models.ltx2.upsampler import LTX2Upsampler, LTX2UpsamplerConfig
 from raydiff.weights.checkpoint import open_checkpoint
+from raydiff.weights.folder import choose_files
 from raydiff.weights.inspect import inspect_path
 from raydiff.weights.load import load_weights
 from tests.parity.ltx2_reference import reference_pipeline, reference_upsampler
@@ -82,6 +83,65 @@ def test_prompts_encoded_elsewhere_need_no_text_encoder(tmp_path: Path) -> None:
     nothing = {"text_encoder": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index | nothing))
     assert "text_encoder" not in open_checkpoint(folder).components
+
+
+SHARDS = [f"diffusion_pytorch_model-0000{n}-of-00008.safetensors" for n in range(1, 9)]
+GEMMA_SHARDS = [f"model-{n:05}-of-00011.safetensors" for n in range(1, 12)]
+SINGLE = "diffusion_pytorch_model.safetensors"
+
+LIGHTRICKS = [
+    "README.md",
+    "ltx-2-19b-dev.safetensors",
+    "ltx-2-19b-dev-fp8.safetensors",
+    "ltx-2-19b-distilled-lora-384.safetensors",
+    "ltx-2-spatial-upscaler-x2-1.0.safetensors",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer.model",
+    "tokenizer/tokenizer_config.json",
+    "text_encoder/config.json",
+    "text_encoder/generation_config.json",
+    *[f"text_encoder/{name}" for name in GEMMA_SHARDS],
+    "text_encoder/model.safetensors.index.json",
+    # A second copy of the same weights.
+    "text_encoder/diffusion_pytorch_model-00001-of-00012.safetensors",
+    "text_encoder/diffusion_pytorch_model.safetensors.index.json",
+    *[f"transformer/{name}" for name in ("config.json", *SHARDS)],
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+    *[
+        f"{component}/{name}"
+        for component in ("connectors", "vae", "audio_vae", "vocoder", "latent_upsampler")
+        for name in ("config.json", SINGLE)
+    ],
+]
+"""The files of Lightricks/LTX-2 on the Hub."""
+
+
+def test_of_lightricks_repository_each_weight_is_taken_once() -> None:
+    diffusers = ("transformer", "vae", "audio_vae")
+    index = {name: ["diffusers", "Class"] for name in diffusers}
+    index |= {name: ["ltx2", "Class"] for name in ("connectors", "vocoder")}
+    index |= {name: ["transformers", "Class"] for name in ("text_encoder", "tokenizer")}
+
+    def read(name: str) -> dict[str, object]:
+        if name == "model_index.json":
+            return {"_class_name": "LTX2Pipeline", **index}
+        shards = GEMMA_SHARDS if name.startswith("text_encoder") else SHARDS
+        return {"weight_map": {str(n): shard for n, shard in enumerate(shards)}}
+
+    chosen = choose_files("repo", LIGHTRICKS, read, variant="auto", dtype="auto")
+    assert chosen.weights == {
+        "text_encoder": tuple(f"text_encoder/{name}" for name in GEMMA_SHARDS),
+        "transformer": tuple(f"transformer/{name}" for name in SHARDS),
+        **{
+            name: (f"{name}/{SINGLE}",)
+            for name in ("connectors", "vae", "audio_vae", "vocoder", "latent_upsampler")
+        },
+    }
+    assert not any(name.startswith("ltx-2") for name in chosen.names)
+    assert "tokenizer/tokenizer.json" in chosen.names
+    assert "tokenizer/tokenizer.model" not in chosen.names
 
 
 MEASURE = """
