@@ -136,10 +136,10 @@ def check_encoders(config: VideoConfig) -> None:
 
 
 def encoder_options(config: VideoConfig, num_frames: int) -> dict[str, str]:
-    """Return the options of an mp4's or webm's encoder, for the same bytes on any machine.
+    """Return the options of an mp4's or webm's encoder, none of which depends on the machine.
 
-    So x264 and x265 do without their macroblock and coding unit trees: their sums depend on the
-    CPU, and x264 165 reads memory there that it never set, at most widths.
+    x264 does without its macroblock tree: version 165 reads memory there that it never set, so
+    that at most widths the same frames gave other bytes from one time to the next.
     """
     name = choose_codec(config)
     codec = CODECS[name]
@@ -152,7 +152,7 @@ def encoder_options(config: VideoConfig, num_frames: int) -> dict[str, str]:
         options["x264-params"] = "no-mbtree=1"
     if name == "hevc":
         # The stream would name the CPU's instruction sets in its info, and x265 writes to stderr.
-        params = f"cutree=0:pools={config.threads}:frame-threads=2:info=0:log-level=none"
+        params = f"pools={config.threads}:frame-threads=2:info=0:log-level=none"
         if num_frames <= MAX_FRAMES_WITHOUT_DELAY:
             params += ":bframes=0"
         options["x265-params"] = params
