@@ -104,7 +104,9 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     assert len({results["file_name"][row].as_py() for row in (100, 101, 199)}) == 1
     # One warning for each death, whatever calls the worker had: the one that was killed, and those
     # that the poisoned row took with it (one more where it was first behind another batch).
-    assert sum("died: killed" in warning for warning in chaos.warnings) == 1
+    # Ray does not always know by then of what a worker died, only that it did.
+    deaths = [warning for warning in chaos.warnings if " died: " in warning]
+    assert sum("Segmentation fault" not in death for death in deaths) == 1
     assert 3 <= sum("died: Segmentation fault" in warning for warning in chaos.warnings) <= 5
     assert read_progress(out).state == "finished"
 
