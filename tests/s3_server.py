@@ -27,6 +27,9 @@ CONDITIONS = {"if-none-match", "if-match"}
 class FaultyS3:
     """`uri` names a fresh folder of a bucket; `environ` has what a client needs to reach it."""
 
+    _folders = itertools.count()
+    """Of all servers of this process: moto keeps one set of buckets for them."""
+
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -35,7 +38,6 @@ class FaultyS3:
         self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._proxy.daemon_threads = True
         threading.Thread(target=self._proxy.serve_forever, args=(0.05,), daemon=True).start()
-        self._folders = itertools.count()
         self.environ = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._proxy.server_address[1]}",
             "AWS_ACCESS_KEY_ID": "test",

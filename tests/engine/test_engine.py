@@ -49,8 +49,10 @@ class Chaos:
         workers = [worker["pid"] for worker in progress.workers if worker["state"] == "busy"]
         if self.killed is None and progress.done >= 40 and workers:
             self.addresses = listening_addresses()
-            self.killed = workers[0]
-            os.kill(workers[0], signal.SIGKILL)
+            # One that has just died of the poisoned row is no one to kill.
+            with suppress(ProcessLookupError):
+                os.kill(workers[0], signal.SIGKILL)
+                self.killed = workers[0]
 
 
 def listening_addresses() -> set[str]:
