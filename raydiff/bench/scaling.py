@@ -1,6 +1,5 @@
 """How a run scales with its workers: the same model and files on one GPU, then on more."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 import raydiff
 from raydiff.bench.engine import write_manifest
@@ -18,6 +16,7 @@ from raydiff.errors import ConfigError, EngineError
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
+from raydiff.pipelines.save import save_component, save_index
 from raydiff.tokenizer import write_tiny_tokenizer
 from raydiff.weights.published import PUBLISHED
 
@@ -115,8 +114,7 @@ def write_random_checkpoint(family: str, folder: Path) -> Path:
         ),
     }
     for name, config in published.items():
-        is_encoder = name.startswith("text_encoder")
-        if is_encoder:
+        if name.startswith("text_encoder"):
             write_tiny_tokenizer(folder / name.replace("text_encoder", "tokenizer"), "!")
             module = random_module(
                 CLIPTextEncoder, CLIPTextConfig.from_dict(config), torch.bfloat16
@@ -125,28 +123,9 @@ def write_random_checkpoint(family: str, folder: Path) -> Path:
             module = builders[name](config)
         else:
             continue
-        _write_json(folder / name / "config.json", config)
-        stem = "model" if is_encoder else "diffusion_pytorch_model"
         tensors = {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
-        save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "scheduler" / "scheduler_config.json", published["scheduler"])
-    _write_json(folder / "model_index.json", _model_index(published))
+        save_component(folder / name, config, tensors)
+    encoders = {name: one for name, one in published.items() if name.startswith("text_encoder")}
+    save_index(folder, encoders, published["scheduler"], is_sdxl=family == "sdxl")
     torch.cuda.empty_cache()
     return folder
-
-
-def _model_index(published: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    index = dict(published["model_index"])
-    for name, config in published.items():
-        if name.startswith("text_encoder"):
-            index[name] = ["transformers", config["architectures"][0]]
-            index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
-    index["unet"] = ["diffusers", "UNet2DConditionModel"]
-    index["vae"] = ["diffusers", "AutoencoderKL"]
-    index["scheduler"] = ["diffusers", published["scheduler"]["_class_name"]]
-    return index
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

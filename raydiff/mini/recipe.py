@@ -4,64 +4,36 @@ published checkpoints' own config files, schedules, batch sizes, seeds."""
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raydiff.pipelines import tiny
+
 MiniFamily = Literal["sd21", "sdxl"]
 FAMILIES: tuple[MiniFamily, ...] = ("sd21", "sdxl")
 
 LATENT_SIZE = 16
 
-VAE: dict[str, Any] = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
+VAE: dict[str, Any] = tiny.VAE | {
     "block_out_channels": [16, 32, 40, 40],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 1,
     "norm_num_groups": 8,
     "sample_size": 128,
     # The channels are whitened inside the two 1x1 convolutions at the latents.
     "scaling_factor": 1.0,
 }
 
-_UNET: dict[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "norm_eps": 1e-5,
+_UNET: dict[str, Any] = tiny.UNET | {
     "sample_size": LATENT_SIZE,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "use_linear_projection": True,
     "block_out_channels": [40, 80],
     "attention_head_dim": [5, 5],
 }
 
-_CLIP: dict[str, Any] = {
-    "model_type": "clip_text_model",
+_CLIP: dict[str, Any] = tiny.CLIP | {
     "architectures": ["CLIPTextModel"],
     "num_attention_heads": 4,
-    "max_position_embeddings": 77,
-    "layer_norm_eps": 1e-5,
     "hidden_act": "gelu",
 }
 
-_SCHEDULER: dict[str, Any] = {
-    "beta_start": 0.00085,
-    # 0.02 where the large models have 0.012: a 16x16 latent still shows its mean colour through
-    # the noise of 0.012's last step, and a render starts from noise alone.
-    "beta_end": 0.02,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
+BETA_END = 0.02
+"""Where the large models have 0.012: a 16x16 latent still shows its mean colour through the noise
+of 0.012's last step, and a render starts from noise alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,13 +96,7 @@ RECIPES: dict[MiniFamily, Recipe] = {
                 "num_attention_heads": 6,
             }
         },
-        scheduler=_SCHEDULER
-        | {
-            "_class_name": "DDIMScheduler",
-            "prediction_type": "v_prediction",
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-        },
+        scheduler=tiny.SD21_SCHEDULER | {"beta_end": BETA_END},
         has_zero_negative=False,
         pad_tokens={"text_encoder": "!"},
     ),
@@ -163,13 +129,7 @@ RECIPES: dict[MiniFamily, Recipe] = {
                 "projection_dim": 64,
             },
         },
-        scheduler=_SCHEDULER
-        | {
-            "_class_name": "EulerDiscreteScheduler",
-            "prediction_type": "epsilon",
-            "interpolation_type": "linear",
-            "use_karras_sigmas": False,
-        },
+        scheduler=tiny.SDXL_SCHEDULER | {"beta_end": BETA_END},
         has_zero_negative=True,
         # Layout is decided at high noise, where an error in the predicted noise counts for little.
         timestep_power=0.6,

@@ -3,24 +3,23 @@
 Their images are noise; everything else (files, names, code path) is as in the real checkpoint.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raydiff.errors import OutputError
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
+from raydiff.pipelines.save import save_component, save_index
 from raydiff.tokenizer import write_tiny_tokenizer
 
 TinyFamily = Literal["sd21", "sdxl"]
 TINY_FAMILIES: tuple[TinyFamily, ...] = ("sd21", "sdxl")
 
-_VAE: dict[str, Any] = {
+VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": [8, 8, 16, 16],
@@ -34,7 +33,7 @@ _VAE: dict[str, Any] = {
     "sample_size": 64,
 }
 
-_UNET: dict[str, Any] = {
+UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
     "in_channels": 4,
@@ -53,7 +52,7 @@ _UNET: dict[str, Any] = {
     "block_out_channels": [16, 32],
 }
 
-_CLIP: dict[str, Any] = {
+CLIP: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_attention_heads": 2,
@@ -63,7 +62,7 @@ _CLIP: dict[str, Any] = {
     "model_type": "clip_text_model",
 }
 
-_SD21_SCHEDULER: dict[str, Any] = {
+SD21_SCHEDULER: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -76,7 +75,7 @@ _SD21_SCHEDULER: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 
-_SDXL_SCHEDULER: dict[str, Any] = {
+SDXL_SCHEDULER: dict[str, Any] = {
     "_class_name": "EulerDiscreteScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -101,9 +100,9 @@ def make_tiny(family: TinyFamily, folder: str | Path, seed: int = 0) -> Path:
         raise OutputError(f"{folder} is not empty; name a new folder for the tiny pipeline")
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    encoders = {"text_encoder": _CLIP | {"architectures": ["CLIPTextModel"]}}
+    encoders = {"text_encoder": CLIP | {"architectures": ["CLIPTextModel"]}}
     if family == "sdxl":
-        encoders["text_encoder_2"] = _CLIP | {
+        encoders["text_encoder_2"] = CLIP | {
             "architectures": ["CLIPTextModelWithProjection"],
             "projection_dim": 32,
         }
@@ -119,36 +118,25 @@ def make_tiny(family: TinyFamily, folder: str | Path, seed: int = 0) -> Path:
             "eos_token_id": vocab_size - 1,
         }
         encoder = CLIPTextEncoder(CLIPTextConfig.from_dict(config))
-        _write_component(folder / name, config, encoder, "model", generator)
-    unet = _unet_config(family)
-    _write_component(
-        folder / "unet",
-        unet,
-        UNet(UNetConfig.from_dict(unet)),
-        "diffusion_pytorch_model",
-        generator,
-    )
-    vae = _VAE | {"scaling_factor": 0.13025 if family == "sdxl" else 0.18215}
-    _write_component(
-        folder / "vae",
-        vae,
-        AutoencoderKL(AutoencoderKLConfig.from_dict(vae)),
-        "diffusion_pytorch_model",
-        generator,
-    )
-    scheduler = _SDXL_SCHEDULER if family == "sdxl" else _SD21_SCHEDULER
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    _write_json(folder / "model_index.json", _model_index(family, scheduler))
+        save_component(folder / name, config, _random_weights(encoder, generator))
+    unet_config = _unet_config(family)
+    unet = UNet(UNetConfig.from_dict(unet_config))
+    save_component(folder / "unet", unet_config, _random_weights(unet, generator))
+    vae_config = VAE | {"scaling_factor": 0.13025 if family == "sdxl" else 0.18215}
+    vae = AutoencoderKL(AutoencoderKLConfig.from_dict(vae_config))
+    save_component(folder / "vae", vae_config, _random_weights(vae, generator))
+    scheduler = SDXL_SCHEDULER if family == "sdxl" else SD21_SCHEDULER
+    save_index(folder, encoders, scheduler, is_sdxl=family == "sdxl")
     return folder
 
 
 def _unet_config(family: TinyFamily) -> dict[str, Any]:
     if family == "sd21":
-        return _UNET | {
+        return UNET | {
             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
         }
-    return _UNET | {
+    return UNET | {
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         "transformer_layers_per_block": [1, 2],
@@ -159,39 +147,11 @@ def _unet_config(family: TinyFamily) -> dict[str, Any]:
     }
 
 
-def _model_index(family: TinyFamily, scheduler: dict[str, Any]) -> dict[str, Any]:
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline"
-        if family == "sdxl"
-        else "StableDiffusionPipeline",
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if family == "sdxl":
-        return index | {
-            "force_zeros_for_empty_prompt": True,
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        }
-    return index | {
-        "feature_extractor": [None, None],
-        "safety_checker": [None, None],
-        "requires_safety_checker": False,
-    }
-
-
-def _write_component(
-    folder: Path, config: dict[str, Any], module: nn.Module, stem: str, generator: torch.Generator
-) -> None:
-    _write_json(folder / "config.json", config)
-    tensors = {
+def _random_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
         name: _random_weight(name, tensor, generator)
         for name, tensor in module.state_dict().items()
     }
-    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
 def _random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -200,8 +160,3 @@ def _random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Ten
     if tensor.ndim > 1:
         return noise.div(tensor[0].numel() ** 0.5)
     return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
