@@ -77,6 +77,7 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     prompts[60] = "please crash"
     prompts[100] = prompts[101] = prompts[199] = "the same"
     manifest, out, log = write_prompts(prompts), tmp_path / "out", tmp_path / "renders.log"
+    others = set(psutil.Process().children(recursive=True))  # of earlier tests, say their tracker
     chaos = Chaos(log)
     summary = drive(
         manifest,
@@ -117,7 +118,7 @@ def test_bad_poison_and_equal_rows_and_a_killed_worker(
     assert chaos.addresses
     assert chaos.addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert capfd.readouterr().out == ""
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= others
 
 
 def start(manifest: Path, out: Path, log: Path, row_ms: int = 10) -> "subprocess.Popen[bytes]":
