@@ -4,20 +4,11 @@ nothing but the requests. Pure: no clock, no randomness, memory bounded by the l
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
-from raydiff.request import RenderBatch, RenderRequest
+from raydiff.request import BatchKey, RenderBatch, RenderRequest, batch_key
 
 PATIENCE = 4
 """A request that this many lookaheads of later ones have passed goes next, however few join it."""
-
-
-class BatchKey(NamedTuple):
-    """What the requests of a batch must have in common; all else may differ from row to row."""
-
-    model: str
-    height: int
-    width: int
 
 
 class Batcher:
@@ -91,7 +82,7 @@ class Batcher:
         return self._pop(key, sizes[key])
 
     def _insert(self, arrival: int, request: RenderRequest) -> None:
-        key = BatchKey(request.model, request.height, request.width)
+        key = batch_key(request)
         bucket = self._buckets.setdefault(key, _Bucket())
         bucket.insert(arrival, request)
         self._num_pending += 1
@@ -114,13 +105,7 @@ class Batcher:
         self._num_pending -= len(requests)
         batch_id = self._next_batch_id
         self._next_batch_id += 1
-        return RenderBatch(
-            batch_id=batch_id,
-            model=key.model,
-            height=key.height,
-            width=key.width,
-            requests=requests,
-        )
+        return RenderBatch(batch_id=batch_id, key=key, requests=requests)
 
 
 class _Bucket:

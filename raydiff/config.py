@@ -1,6 +1,6 @@
 """RunConfig: everything about a run that is not in its manifest, from one YAML file plus
-`--set section.key=value` overrides. Sections: model, defaults, sweep, input, engine, memory and
-output."""
+`--set section.key=value` overrides. Sections: model, ltx2, defaults, sweep, input, engine, memory
+and output."""
 
 from pathlib import Path
 from types import UnionType
@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raydiff.errors import ConfigError, nearest
+from raydiff.video_settings import TextBackend, VideoMode
 
 ProfileName = Literal["full_gpu", "balanced", "gpu_poor", "extreme", "cpu_only"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -41,6 +42,22 @@ class ModelConfig(Section):
     """torch.compile the UNet and the VAE decoder: slow to start, faster for long runs on CUDA."""
 
 
+class LTX2Config(Section):
+    """How LTX-2 makes clips, and where the embeddings of their texts come from."""
+
+    mode: VideoMode = "one_stage"
+    """distilled: for checkpoints with 8 steps of their own. two_stage: at half the size first."""
+    text_encoder: TextBackend = "gemma3"
+    """gemma3: the checkpoint's. precomputed: read from `embeds`. api: from `encoder_url`. random:
+    noise, to try a run out without text encoder."""
+    embeds: str | None = None
+    """Folder of encoded texts, as `raydiff encode` writes it."""
+    encoder_url: str | None = None
+    """Where `raydiff encode-server` answers, e.g. http://encoder:8080."""
+    encoder_hosts: tuple[str, ...] = ()
+    """Hosts that may be asked; there is none unless it is named here."""
+
+
 class DefaultsConfig(Section):
     """Values for rows that leave a column out; None takes the model's default."""
 
@@ -50,10 +67,19 @@ class DefaultsConfig(Section):
     width: int | None = Field(None, ge=16, le=16384)
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     guidance_scale: float | None = Field(None, ge=0.0, le=100.0)
-    guidance_rescale: float = Field(0.0, ge=0.0, le=1.0)
+    guidance_rescale: float | None = Field(None, ge=0.0, le=1.0)
     sampler: str | None = None
     strength: float | None = Field(None, ge=0.0, le=1.0)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    num_frames: int | None = Field(None, ge=1, le=100_000)
+    frame_rate: float | None = Field(None, gt=0.0, le=1000.0)
+    stg_scale: float | None = Field(None, ge=0.0, le=100.0)
+    stg_blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    modality_scale: float | None = Field(None, ge=0.0, le=100.0)
+    audio_guidance_scale: float | None = Field(None, ge=0.0, le=100.0)
+    audio_stg_scale: float | None = Field(None, ge=0.0, le=100.0)
+    audio_modality_scale: float | None = Field(None, ge=0.0, le=100.0)
+    audio_guidance_rescale: float | None = Field(None, ge=0.0, le=1.0)
 
 
 class InputConfig(Section):
@@ -167,6 +193,7 @@ class RunConfig(Section):
     limit: int | None = Field(None, ge=1)
     """Render only the first `limit` manifest rows."""
     model: ModelConfig = ModelConfig()
+    ltx2: LTX2Config = LTX2Config()
     defaults: DefaultsConfig = DefaultsConfig()
     sweep: SweepConfig = SweepConfig()
     """Multiplies the manifest's rows or the prompts; nothing in it leaves them as they are."""

@@ -3,9 +3,16 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from raydiff.video_settings import (
+    NUM_REFINE_STEPS,
+    RowGuidance,
+    StreamGuidance,
+    VideoSettings,
+)
 
 Task = Literal["txt2img", "img2img", "txt2vid", "img2vid"]
 Status = Literal["completed", "failed", "quarantined"]
@@ -48,13 +55,27 @@ def quick_to_pickle(noun: type[T]) -> type[T]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VideoModel:
+    """What validation needs to know of a checkpoint that makes clips."""
+
+    num_layers: int
+    """Blocks of its transformer: those that `stg_blocks` may name."""
+    default_stg_block: int
+    spatial_downscale: int
+    temporal_downscale: int
+    """A clip has a multiple of so many frames, and one."""
+    has_upsampler: bool
+    """Whether it can make clips in two stages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
     """What validation and planning need to know of a checkpoint, read without torch."""
 
     name: str
     """As the user wrote it: an alias (`sdxl`), a Hub id or a path."""
     family: str
-    """`sd21` or `sdxl`: which pipeline renders it."""
+    """`sd21`, `sdxl` or `ltx2`: which pipeline renders it."""
     path: str
     """Local folder (diffusers layout) or single .safetensors file."""
     revision: str
@@ -69,12 +90,15 @@ class ModelInfo:
     default_sampler: str
     num_parameters: dict[str, int]
     """Parameters of each component (text_encoder, unet, vae, ...), from the file headers."""
+    samplers: tuple[str, ...] = SAMPLERS
+    video: VideoModel | None = None
+    """None for a model of images."""
 
 
 @quick_to_pickle
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderRequest:
-    """One image to make: every value that affects its pixels, validated and complete."""
+    """One image or clip to make: every value that affects it, validated and complete."""
 
     model: str
     model_revision: str
@@ -89,10 +113,13 @@ class RenderRequest:
     guidance_rescale: float
     sampler: str
     strength: float | None = None
-    """img2img: share of the schedule that is run, 0..1; None for txt2img."""
+    """img2img: share of the schedule that is run, 0..1; None for other tasks."""
     init_image: str | None = None
-    """img2img: absolute path of the image (already checked to lie inside the input root)."""
+    """img2img and img2vid: absolute path of the image (already checked to lie inside the input
+    root)."""
     init_image_sha256: str | None = None
+    video: VideoSettings | None = None
+    """None for an image."""
     request_id: str = ""
     """128-bit BLAKE2b of the fields above, in hex; set by `with_request_id`."""
 
@@ -109,15 +136,29 @@ class ManifestRow:
     """Columns to pass through: a pyarrow RecordBatch of one row, or None when there are none."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RenderBatch:
-    """Requests of one model and size that share forward passes."""
+class BatchKey(NamedTuple):
+    """What the requests of a batch must have in common; all else may differ from row to row."""
 
-    batch_id: int
     model: str
     height: int
     width: int
+    num_frames: int | None = None
+    """None for images, as the next."""
+    frame_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderBatch:
+    """Requests of one `BatchKey` that share forward passes."""
+
+    batch_id: int
+    key: BatchKey
     requests: tuple[RenderRequest, ...]
+
+    @property
+    def model(self) -> str:
+        """Whose pipeline is asked for."""
+        return self.key.model
 
 
 @quick_to_pickle
@@ -130,13 +171,19 @@ class RenderResult:
     error: str | None = None
     warning: str | None = None
     file_name: str | None = None
-    """Relative to the output folder, `/` separated: the image's own file, or a shard."""
+    """Relative to the output folder, `/` separated: the row's own file, or a shard."""
     sha256: str | None = None
     size_bytes: int | None = None
     member: str | None = None
-    """Name of the image in the shard; None where the file is the image."""
+    """Name of the image or clip in the shard; None where it is the file."""
     offset: int | None = None
-    """Where the image's bytes begin in the shard."""
+    """Where its bytes begin in the shard."""
+    duration_s: float | None = None
+    """Of a clip."""
+    audio_sample_rate: int | None = None
+    """Of a clip's sound; None for a silent one."""
+    nfe: int | None = None
+    """Forward passes of the transformer for a clip, in all its steps and stages."""
     profile: str | None = None
     dtype: str | None = None
     batch_size: int | None = None
@@ -159,6 +206,48 @@ def num_denoise_steps(num_inference_steps: int, strength: float) -> int:
     return min(int(num_inference_steps * strength), num_inference_steps)
 
 
+def batch_key(request: RenderRequest) -> BatchKey:
+    """Return what a request has in common with those that it may share a batch with."""
+    video = request.video
+    if video is None:
+        return BatchKey(request.model, request.height, request.width)
+    return BatchKey(
+        request.model, request.height, request.width, video.num_frames, video.frame_rate
+    )
+
+
+def row_guidance(request: RenderRequest) -> RowGuidance:
+    """Return the guidance of a clip's picture and sound. Raises ValueError for an image."""
+    video = _video(request)
+    return RowGuidance(
+        video=StreamGuidance(
+            guidance_scale=request.guidance_scale,
+            stg_scale=video.stg_scale,
+            modality_scale=video.modality_scale,
+            guidance_rescale=request.guidance_rescale,
+        ),
+        audio=StreamGuidance(
+            guidance_scale=video.audio_guidance_scale,
+            stg_scale=video.audio_stg_scale,
+            modality_scale=video.audio_modality_scale,
+            guidance_rescale=video.audio_guidance_rescale,
+        ),
+        stg_blocks=video.stg_blocks,
+    )
+
+
+def num_evaluations(request: RenderRequest) -> int:
+    """Return a clip's NFE: forward passes of the transformer for it, in all stages."""
+    first = row_guidance(request).num_evaluations(request.num_inference_steps)
+    return first + (NUM_REFINE_STEPS if _video(request).has_second_stage else 0)
+
+
+def _video(request: RenderRequest) -> VideoSettings:
+    if request.video is None:
+        raise ValueError(f"{request.model} makes images; a clip's settings were asked for")
+    return request.video
+
+
 def with_request_id(request: RenderRequest) -> RenderRequest:
     """Return the request with its `request_id` set from everything that affects its pixels.
 
@@ -167,7 +256,9 @@ def with_request_id(request: RenderRequest) -> RenderRequest:
     """
     values = {name: getattr(request, name) for name in _REQUEST_FIELDS}
     identity = {**values, "recipe": RECIPE_VERSION}
-    del identity["request_id"], identity["init_image"]
+    del identity["request_id"], identity["init_image"], identity["video"]
+    if request.video is not None:  # Images keep the identities from before there were clips.
+        identity["video"] = asdict(request.video)
     if request.model_revision.startswith("local-"):
         del identity["model"]
     for name in ("guidance_scale", "guidance_rescale", "strength"):

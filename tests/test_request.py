@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
-from raydiff.request import RenderRequest, with_request_id
+from raydiff.request import RenderRequest, num_evaluations, row_guidance, with_request_id
+from raydiff.video_settings import VideoSettings
 
 REQUEST = RenderRequest(
     model="sdxl",
@@ -25,6 +26,32 @@ REQUEST = RenderRequest(
     init_image_sha256="ab" * 32,
 )
 
+VIDEO = VideoSettings(
+    video_mode="one_stage",
+    text_encoder="gemma3",
+    num_frames=121,
+    frame_rate=24.0,
+    stg_scale=1.0,
+    stg_blocks=(29,),
+    modality_scale=3.0,
+    audio_guidance_scale=7.0,
+    audio_stg_scale=1.0,
+    audio_modality_scale=3.0,
+    audio_guidance_rescale=0.7,
+)
+CHANGED_VIDEO = {
+    "video_mode": "two_stage",
+    "text_encoder": "random",
+    "num_frames": 113,
+    "frame_rate": 25.0,
+    "stg_scale": 0.5,
+    "stg_blocks": (28, 29),
+    "modality_scale": 2.0,
+    "audio_guidance_scale": 3.0,
+    "audio_stg_scale": 0.0,
+    "audio_modality_scale": 1.0,
+    "audio_guidance_rescale": 0.0,
+}
 CHANGED = {
     "model": "other",
     "model_revision": "0" * 40,
@@ -40,6 +67,7 @@ CHANGED = {
     "sampler": "ddim",
     "strength": 0.75,
     "init_image_sha256": "cd" * 32,
+    "video": VIDEO,
 }
 
 
@@ -57,7 +85,28 @@ def test_every_field_that_affects_pixels_changes_the_identity(field: str) -> Non
     assert identity(replace(REQUEST, **{field: CHANGED[field]})) != identity(REQUEST)
 
 
+@pytest.mark.parametrize("field", CHANGED_VIDEO)
+def test_every_setting_of_a_clip_changes_the_identity(field: str) -> None:
+    changed = replace(VIDEO, **{field: CHANGED_VIDEO[field]})
+    assert identity(replace(REQUEST, video=changed)) != identity(replace(REQUEST, video=VIDEO))
+
+
+def test_a_clip_counts_its_passes_steps_and_stages() -> None:
+    clip = replace(REQUEST, guidance_scale=3.0, num_inference_steps=40, video=VIDEO)
+    assert row_guidance(clip).passes == ("negative", "positive", "perturbed", "isolated")
+    assert num_evaluations(clip) == 160
+    two = replace(clip, video=replace(VIDEO, video_mode="two_stage", stg_scale=0.0))
+    assert num_evaluations(two) == 160 + 3  # the sound still has a pass without self attention
+    plain = dict.fromkeys(("modality_scale", "audio_guidance_scale"), 1.0)
+    sound = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0}
+    bare = replace(clip, guidance_scale=1.0, video=replace(VIDEO, **plain, **sound))
+    assert num_evaluations(bare) == 40
+    with pytest.raises(ValueError, match="makes images"):
+        num_evaluations(REQUEST)
+
+
 def test_every_field_is_either_tested_here_or_left_out_on_purpose() -> None:
+    assert set(CHANGED_VIDEO) == {field.name for field in fields(VideoSettings)}
     names = {field.name for field in fields(RenderRequest)}
     assert names - set(CHANGED) == {"init_image", "request_id"}
 

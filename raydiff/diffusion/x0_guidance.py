@@ -7,62 +7,11 @@ each other (modality guidance). A pass that neither stream of a row has a use fo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from raydiff.diffusion.guidance import per_row, rescaled
-
-PassKind = Literal["negative", "positive", "perturbed", "isolated"]
-PASS_KINDS: tuple[PassKind, ...] = ("negative", "positive", "perturbed", "isolated")
-"""In the order in which a batch has them; every row has the positive one."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamGuidance:
-    """The scales of one stream of one row; these defaults are no guidance."""
-
-    guidance_scale: float = 1.0
-    stg_scale: float = 0.0
-    modality_scale: float = 1.0
-    guidance_rescale: float = 0.0
-
-    def weight(self, kind: PassKind) -> float:
-        """Return how far the prediction moves away from that of the pass."""
-        return {
-            "negative": self.guidance_scale - 1,
-            "positive": 0.0,
-            "perturbed": self.stg_scale,
-            "isolated": self.modality_scale - 1,
-        }[kind]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowGuidance:
-    """The guidance of one row."""
-
-    video: StreamGuidance = StreamGuidance()
-    audio: StreamGuidance = StreamGuidance()
-    stg_blocks: tuple[int, ...] = ()
-    """Blocks whose self attentions the perturbed pass leaves out."""
-
-    @property
-    def passes(self) -> tuple[PassKind, ...]:
-        """The passes to run for the row: the positive one, and those that a stream moves from.
-
-        As in the reference a scale on the other side of none, below 1 or below 0, asks for no pass
-        by itself.
-        """
-        return tuple(
-            kind
-            for kind in PASS_KINDS
-            if kind == "positive" or self.video.weight(kind) > 0 or self.audio.weight(kind) > 0
-        )
-
-    def num_evaluations(self, num_steps: int) -> int:
-        """Return the row's NFE: forward passes of so many steps."""
-        return num_steps * len(self.passes)
 
 
 class Weaker(NamedTuple):

@@ -5,9 +5,8 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, Self, TypeVar
 
-from raydiff.batching import BatchKey
 from raydiff.engine.messages import DenoiseReply, EncodeBatch, TextKey
-from raydiff.request import RenderBatch, RenderRequest
+from raydiff.request import BatchKey, RenderBatch, RenderRequest
 
 MIN_CRASHES_ALONE = 2
 """Crashes that a single row must have caused with nothing beside it, to be quarantined."""
@@ -82,7 +81,7 @@ class RowJob(Job):
     @property
     def key(self) -> BatchKey:
         """What its rows have in common."""
-        return BatchKey(self.batch.model, self.batch.height, self.batch.width)
+        return self.batch.key
 
     @property
     def num_steps(self) -> int:

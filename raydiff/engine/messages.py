@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from raydiff.errors import RaydiffError
-from raydiff.request import RenderBatch, RenderRequest, RenderResult
+from raydiff.request import RenderBatch, RenderRequest, RenderResult, row_guidance
 
 Role = Literal["fused", "encode", "denoise", "denoise_decode", "decode"]
 
@@ -42,7 +42,11 @@ def texts_of(request: RenderRequest) -> tuple[TextKey, ...]:
     in its place: whether it has, the denoising worker knows.
     """
     texts = [request.prompt]
-    if request.guidance_scale > 1:
+    if request.video is None:
+        has_negative = request.guidance_scale > 1
+    else:
+        has_negative = "negative" in row_guidance(request).passes
+    if has_negative:
         texts.append(request.negative_prompt or "")
     keys = (TextKey(request.model, request.model_revision, text) for text in texts)
     return tuple(dict.fromkeys(keys))

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from raydiff.batching import BatchKey
 from raydiff.config import EngineConfig
 from raydiff.engine.messages import Place, Role, StartWorker, StopKind, StopWorker, WorkerFailed
 from raydiff.errors import EngineError
-from raydiff.request import RenderRequest, RenderResult
+from raydiff.request import BatchKey, RenderRequest, RenderResult
 
 MAX_START_FAILURES = 3
 """Starts in a row that may fail before a worker's place is given up."""

@@ -11,7 +11,7 @@ from raydiff.config import RunConfig, SweepConfig
 from raydiff.engine.known_models import KnownModels, known_models
 from raydiff.errors import ConfigError
 from raydiff.manifest.reader import AxisSummary, Manifest, open_manifest, prompts_manifest
-from raydiff.manifest.row_checks import RowChecks, Shape
+from raydiff.manifest.row_checks import RowChecks
 from raydiff.manifest.sweep import open_sweep
 from raydiff.memory.gpus import GpuInfo, visible_gpus
 from raydiff.memory.profiles import DTYPE_BYTES, Profile, compute_dtype, resolve_profile
@@ -21,7 +21,7 @@ from raydiff.output.part_files import map_parts
 from raydiff.output.run_file import check_same_run, is_run
 from raydiff.output.sorted_index import SortedIndex
 from raydiff.output.storage import open_storage
-from raydiff.request import ModelInfo
+from raydiff.request import BatchKey, ModelInfo
 
 T = TypeVar("T", bound=np.generic)
 
@@ -123,7 +123,9 @@ def _joined(arrays: list[NDArray[T]]) -> NDArray[T]:
     return joined
 
 
-def _count_shapes(shapes: NDArray[np.int32], known: Sequence[Shape]) -> list[tuple[Shape, int]]:
+def _count_shapes(
+    shapes: NDArray[np.int32], known: Sequence[BatchKey]
+) -> list[tuple[BatchKey, int]]:
     """Count the distinct requests of each shape, the most frequent first, then the first met."""
     found, first, counts = np.unique(shapes, return_index=True, return_counts=True)
     ranked = sorted(zip(-counts, first, found, strict=True))
@@ -171,7 +173,7 @@ def _done_rows(manifest: Manifest, config: RunConfig, models: KnownModels) -> So
 
 
 def _batches(
-    shapes: Sequence[tuple[Shape, int]], config: RunConfig, models: KnownModels
+    shapes: Sequence[tuple[BatchKey, int]], config: RunConfig, models: KnownModels
 ) -> Iterator[PlannedBatches]:
     """Size the batches as a worker on the first GPU would."""
     gpu = next(iter(visible_gpus()), None)
@@ -182,7 +184,7 @@ def _batches(
         profile = profiles[key.model]
         batch_size = config.engine.batch_size
         if batch_size == "auto":
-            batch_size = profile.max_batch_size(key.height, key.width)
+            batch_size = profile.max_batch_size(key.height, key.width, key.num_frames)
         yield PlannedBatches(
             model=key.model,
             height=key.height,

@@ -94,6 +94,7 @@ def render(
     arguments = {
         "model": config.model,
         "memory": config.memory,
+        "ltx2": config.ltx2,
         "preload": preload,
         # Absolute: a worker's folder is another one than this process's.
         "embeds_in": open_storage(config.out or "").uri if keeps_embeds else None,

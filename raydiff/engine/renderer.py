@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from raydiff.engine.messages import TextKey
+from raydiff.output.audio import Audio
 from raydiff.request import RenderRequest
 
 
@@ -22,10 +23,10 @@ class Payload(Protocol):
 
 
 class RenderedBatch(NamedTuple):
-    """The images of one batch and what they cost. Seconds are the whole batch's."""
+    """The images or clips of one batch and what they cost. Seconds are the whole batch's."""
 
     pixels: Sequence[np.ndarray]
-    """uint8 (H, W, 3) per request."""
+    """uint8 (H, W, 3) per request, (F, H, W, 3) of a clip."""
     warnings: Sequence[str | None]
     encode_s: float
     denoise_s: float
@@ -34,7 +35,9 @@ class RenderedBatch(NamedTuple):
     profile: str
     dtype: str
     errors: Sequence[str | None] | None = None
-    """Why a request has no image; None where each has one."""
+    """Why a request has no file; None where each has one."""
+    audio: Sequence[Audio | None] | None = None
+    """The sound of each clip."""
 
 
 class EncodedTexts(NamedTuple):

@@ -7,18 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from raydiff.config import MemoryConfig, ModelConfig, ProfileName
+from raydiff.config import LTX2Config, MemoryConfig, ModelConfig, ProfileName
 from raydiff.engine.messages import Role, TextKey
-from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, RenderedBatch
+from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload, RenderedBatch
 from raydiff.errors import EngineError, ModelError, OutOfMemoryError
 from raydiff.memory.profiles import poorer_profile
 from raydiff.pipelines.base import STAGES, Pipeline, Rendered, Stage
 from raydiff.pipelines.embeds_store import EmbedsStore
 from raydiff.pipelines.load import load_pipeline
 from raydiff.pipelines.prompt_cache import EncodedPrompt
-from raydiff.request import ModelInfo, RenderRequest
+from raydiff.request import ModelInfo, RenderRequest, batch_key
 from raydiff.weights.resolve import resolve_model
 
 STAGES_OF_ROLE: dict[Role, tuple[Stage, ...]] = {
@@ -42,12 +41,14 @@ class PipelineRenderer:
         *,
         model: ModelConfig,
         memory: MemoryConfig,
+        ltx2: LTX2Config | None = None,
         preload: ModelInfo | None = None,
         embeds_in: str | None = None,
         role: Role = "fused",
     ) -> None:
         """`embeds_in`: the output folder where an `encode` worker keeps embeddings, if any."""
         self._model = model
+        self._ltx2 = ltx2 or LTX2Config()
         self._memory = self._asked_memory = memory
         self._preload = preload
         self._stages = STAGES_OF_ROLE[role]
@@ -72,7 +73,7 @@ class PipelineRenderer:
     def max_batch_size(self, request: RenderRequest) -> int:
         """Ask the model's memory profile."""
         pipeline = self._resident(request.model, request.model_revision)
-        return pipeline.max_batch_size(request.height, request.width)
+        return pipeline.max_batch_size(batch_key(request))
 
     def render(self, requests: Sequence[RenderRequest]) -> RenderedBatch:
         """Encode, denoise and decode."""
@@ -110,15 +111,14 @@ class PipelineRenderer:
     def denoise(
         self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, EncodedPrompt]
     ) -> DenoisedBatch:
-        """Return each request's latents (C, h, w), float32 in host memory."""
+        """Return each request's latents in host memory."""
         pipeline = self._of(requests)
         with _device_errors(), pipeline.measured(requests) as costs:
             with costs.timed("encode"):
                 gathered = pipeline.gather(requests, _by_text(embeds))
             with costs.timed("denoise"):
                 denoised = pipeline.denoise_rows(requests, gathered)
-            # Rows of their own: a pickled view would take the whole batch along.
-            latents = [row.clone() for row in denoised.latents.cpu()]
+            latents = [pipeline.on_host(row) for row in denoised.latents]
         return DenoisedBatch(
             latents=latents,
             warnings=gathered.warnings,
@@ -130,13 +130,16 @@ class PipelineRenderer:
             dtype=pipeline.dtype_name,
         )
 
-    def decode(self, requests: Sequence[RenderRequest], latents: Sequence[Tensor]) -> RenderedBatch:
-        """Decode each request's latents (C, h, w)."""
+    def decode(
+        self, requests: Sequence[RenderRequest], latents: Sequence[Payload]
+    ) -> RenderedBatch:
+        """Decode each request's latents."""
         pipeline = self._of(requests)
         with _device_errors(), pipeline.measured(requests) as costs, costs.timed("decode"):
-            decoded = pipeline.decode_rows(torch.stack(list(latents)))
+            decoded = pipeline.decode_rows(latents)
         return RenderedBatch(
             pixels=list(decoded.pixels),
+            audio=decoded.audio,
             warnings=decoded.warnings,
             errors=decoded.errors,
             encode_s=0.0,
@@ -204,7 +207,11 @@ class PipelineRenderer:
         self._unload()
         try:
             pipeline = load_pipeline(
-                info, config=self._model, memory=self._memory, stages=self._stages
+                info,
+                config=self._model,
+                memory=self._memory,
+                ltx2=self._ltx2,
+                stages=self._stages,
             )
         except torch.OutOfMemoryError as error:
             if self._memory.profile != "auto":
@@ -240,6 +247,7 @@ def _by_text(embeds: Mapping[TextKey, EncodedPrompt]) -> dict[str, EncodedPrompt
 def _rendered(rendered: Rendered, pipeline: Pipeline) -> RenderedBatch:
     return RenderedBatch(
         pixels=rendered.pixels,
+        audio=rendered.audio,
         warnings=rendered.warnings,
         errors=rendered.errors,
         encode_s=rendered.encode_s,

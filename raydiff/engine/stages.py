@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from raydiff.batching import Batcher, BatchKey
+from raydiff.batching import Batcher
 from raydiff.config import EngineConfig
 from raydiff.engine.encoding import DoomedRow, Encoding
 from raydiff.engine.jobs import Job, JobQueue, RowJob, TextJob, take_ready
@@ -21,7 +21,7 @@ from raydiff.engine.messages import (
 )
 from raydiff.engine.places import Places, Slot
 from raydiff.engine.row_times import RowTimes
-from raydiff.request import RenderRequest
+from raydiff.request import BatchKey, RenderRequest
 
 FIRST_BATCH_SIZE = 8
 """Rows of a first batch of a shape, which its worker may split: its reply says how many fit."""

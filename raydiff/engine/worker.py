@@ -34,8 +34,15 @@ from raydiff.engine.messages import (
 from raydiff.engine.renderer import DenoisedBatch, Payload, RenderedBatch, Renderer
 from raydiff.errors import DiskError, EngineError, OutOfMemoryError, RaydiffError
 from raydiff.memory.gpus import gpu_usage
+from raydiff.output.audio import Audio
 from raydiff.output.writer import Writer
-from raydiff.request import RenderBatch, RenderRequest, RenderResult
+from raydiff.request import (
+    BatchKey,
+    RenderBatch,
+    RenderRequest,
+    RenderResult,
+    num_evaluations,
+)
 
 MAX_ERROR_LENGTH = 2000
 
@@ -47,9 +54,16 @@ class Sink(Protocol):
     """Where pixels become files; any number of threads may write at once."""
 
     def write(
-        self, request: RenderRequest, pixels: np.ndarray, result: RenderResult
+        self,
+        request: RenderRequest,
+        pixels: np.ndarray,
+        result: RenderResult,
+        audio: Audio | None = None,
     ) -> list[RenderResult]:
-        """Take an image and return the results that are durable now. Raises DiskError."""
+        """Take an image, or a clip and its sound, and return the results that are durable now.
+
+        Raises DiskError, and RowError for a clip that the file's format cannot hold.
+        """
 
     def flush(self) -> list[RenderResult]:
         """Make all that was written durable and return its results. Raises DiskError."""
@@ -86,8 +100,8 @@ class Worker:
         self._node = platform.node()
         self._device = ""
         self._num_threads: int | None = None
-        self._limits: dict[_BatchKey, int] = {}
-        self._too_large: set[_BatchKey] = set()
+        self._limits: dict[BatchKey, int] = {}
+        self._too_large: set[BatchKey] = set()
         self._sink: Sink = _open_sink(spec, worker_id)
         self._num_rows = 0
         self._busy = _BusyTime()
@@ -182,7 +196,7 @@ class Worker:
         A pass that raises is repeated row by row. One that does not fit is halved; a single row
         that does not is tried under poorer memory profiles.
         """
-        key = _BatchKey(batch.model, batch.height, batch.width)
+        key = batch.key
         passes = deque([batch.requests])
         while passes:
             requests = passes.popleft()
@@ -210,13 +224,13 @@ class Worker:
             else:
                 passes.extendleft((request,) for request in reversed(requests))
 
-    def _limit(self, key: "_BatchKey", request: RenderRequest) -> int:
+    def _limit(self, key: BatchKey, request: RenderRequest) -> int:
         if key not in self._limits:
             asked = self._spec.batch_size
             self._limits[key] = asked or max(1, self._renderer.max_batch_size(request))
         return self._limits[key]
 
-    def _step_down(self, key: "_BatchKey", warnings: list[str]) -> bool:
+    def _step_down(self, key: BatchKey, warnings: list[str]) -> bool:
         """Let the renderer make room for a row of `key`; False where it never will."""
         if key in self._too_large:
             return False
@@ -237,7 +251,7 @@ class Worker:
         embeds: list[Payload | None] = []
         errors: list[str | None] = []
         passes = deque([batch.texts])
-        key = _BatchKey(batch.texts[0].model, 0, 0)
+        key = BatchKey(batch.texts[0].model, 0, 0)
         while passes:
             texts = passes.popleft()
             outcome = attempt(self._renderer.encode, texts)
@@ -345,7 +359,7 @@ class Worker:
         )
 
     def _known_limit(self, batch: RenderBatch) -> int:
-        return self._limits.get(_BatchKey(batch.model, batch.height, batch.width), 1)
+        return self._limits.get(batch.key, 1)
 
     # -- writes ------------------------------------------------------------------------------------
 
@@ -378,7 +392,8 @@ class Worker:
             result = self._completed(requests, rendered, row)
             if denoised is not None:
                 result = _with_denoising(result, denoised)
-            written = attempt(self._sink.write, request, rendered.pixels[row], result)
+            audio = rendered.audio[row] if rendered.audio is not None else None
+            written = attempt(self._sink.write, request, rendered.pixels[row], result, audio)
             if isinstance(written, Failure):
                 results.append(self._failed(request, written.message))
             else:
@@ -389,10 +404,12 @@ class Worker:
         self, requests: Sequence[RenderRequest], rendered: RenderedBatch, row: int
     ) -> RenderResult:
         """Return the result of one row, but for what is known once its file is written."""
+        request = requests[row]
         return RenderResult(
-            request_id=requests[row].request_id,
+            request_id=request.request_id,
             status="completed",
             warning=rendered.warnings[row],
+            nfe=None if request.video is None else num_evaluations(request),
             profile=rendered.profile,
             dtype=rendered.dtype,
             batch_size=len(requests),
@@ -417,14 +434,6 @@ class Worker:
             device=self._device,
             finished_at=time.time(),
         )
-
-
-class _BatchKey(NamedTuple):
-    """What a learned batch size holds for."""
-
-    model: str
-    height: int
-    width: int
 
 
 class _LatentsRow(NamedTuple):

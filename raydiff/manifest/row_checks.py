@@ -26,7 +26,7 @@ from raydiff.manifest.reader import Manifest
 from raydiff.manifest.rows import Models, row_rules
 from raydiff.manifest.schema import COLUMNS, MAX_SEED, check_value, known_values, plain_array
 from raydiff.manifest.seeds import SeedContent, derive_seeds, seed_content
-from raydiff.request import RenderRequest, with_request_id
+from raydiff.request import BatchKey, RenderRequest, batch_key, with_request_id
 
 CHUNK_ROWS = 65_536
 CHUNK_BYTES = 64 * 2**20
@@ -34,14 +34,6 @@ MAX_CHUNK_IMAGES = 2**20
 MAX_REMEMBERED_SETTINGS = 100_000
 PER_ROW = ("prompt", "negative_prompt", "seed", "init_image")
 """Known columns whose values differ from row to row; the others are the row's settings."""
-
-
-class Shape(NamedTuple):
-    """What requests must have in common to share a batch."""
-
-    model: str
-    height: int
-    width: int
 
 
 class CheckedImages(NamedTuple):
@@ -71,13 +63,13 @@ class RowChecks:
             name for name in COLUMNS if name in manifest.schema.names and name not in PER_ROW
         ]
         self._known: dict[tuple[Any, ...], _Settings] = {}
-        self._shapes: dict[Shape, int] = {}
+        self._shapes: dict[BatchKey, int] = {}
         self._max_errors = max_errors
         self.errors: list[str] = []
         """What is wrong with the first bad rows."""
 
     @property
-    def shapes(self) -> list[Shape]:
+    def shapes(self) -> list[BatchKey]:
         """The shapes met so far."""
         return list(self._shapes)
 
@@ -190,8 +182,7 @@ class RowChecks:
         )
 
     def _shape(self, request: RenderRequest) -> int:
-        shape = Shape(request.model, request.height, request.width)
-        return self._shapes.setdefault(shape, len(self._shapes))
+        return self._shapes.setdefault(batch_key(request), len(self._shapes))
 
 
 class _Settings(NamedTuple):

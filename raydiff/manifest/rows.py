@@ -187,11 +187,13 @@ def _target(info: ModelInfo, config: RunConfig) -> _Target:
         "width": info.default_width,
         "num_inference_steps": info.default_num_inference_steps,
         "guidance_scale": info.default_guidance_scale,
+        "guidance_rescale": 0.0,
         "sampler": info.default_sampler,
         "strength": info.default_strength,
         "negative_prompt": None,
         "seed": None,
         "init_image_sha256": None,
+        "video": None,
     }
     title = FAMILY_TITLES.get(info.family, info.family)
     return _Target(info=info, title=title, defaults=of_model | _run_defaults(config))

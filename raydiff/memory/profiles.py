@@ -24,6 +24,9 @@ PROFILES: tuple[ProfileName, ...] = ("full_gpu", "balanced", "gpu_poor", "extrem
 
 DTYPE_BYTES: dict[ComputeDType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1024**3
+FRAMES_PER_IMAGE = 16
+"""Frames of a clip that take the room of one image in a batch. So an H200's batches have up to
+16,384 of LTX-2's tokens: with more it is no faster, and others run out of memory sooner."""
 CARD_TOLERANCE = 0.9
 """A card sold as N GB may report a tenth less than N GiB (ECC, reserved memory: T4, A10)."""
 
@@ -50,9 +53,12 @@ class Profile:
     vae_tile_pixels: int | None
     """Images of more pixels are decoded in tiles; None is never."""
 
-    def max_batch_size(self, height: int, width: int) -> int:
-        """Return how many images of this size may share a batch, one at least."""
-        return max(1, self.max_batch_pixels // (height * width))
+    def max_batch_size(self, height: int, width: int, num_frames: int | None = None) -> int:
+        """Return how many images, or clips of so many frames, may share a batch, one at least."""
+        pixels = height * width
+        if num_frames is not None:
+            pixels = max(1, pixels * num_frames // FRAMES_PER_IMAGE)
+        return max(1, self.max_batch_pixels // pixels)
 
     def gpu_bytes(self, component_bytes: Mapping[str, int]) -> int:
         """Return the weight bytes that this profile holds on the GPU at its widest moment."""

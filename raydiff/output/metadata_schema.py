@@ -1,7 +1,8 @@
 """The columns of the metadata table, in order, and the building of a table from ended rows.
 
 row_index, image_index come from the ManifestRow; the request's fields from its request, null
-if the row asked for none; the rest from the RenderResult; then the passed-through columns.
+if the row asked for none; a clip's settings from those of the request, null for images; the rest
+from the RenderResult; then the passed-through columns.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,21 @@ REQUEST_COLUMNS = {
     "model_revision": pa.string(),
 }
 
+VIDEO_COLUMNS = {
+    "num_frames": pa.int32(),
+    "frame_rate": pa.float64(),
+    "video_mode": pa.string(),
+    "text_encoder": pa.string(),
+    "stg_scale": pa.float64(),
+    "stg_blocks": pa.list_(pa.int32()),
+    "modality_scale": pa.float64(),
+    "audio_guidance_scale": pa.float64(),
+    "audio_stg_scale": pa.float64(),
+    "audio_modality_scale": pa.float64(),
+    "audio_guidance_rescale": pa.float64(),
+}
+"""Each is a field of VideoSettings."""
+
 OUTCOME_COLUMNS = {
     "status": pa.string(),
     "error": pa.string(),
@@ -41,9 +57,12 @@ OUTCOME_COLUMNS = {
     "size_bytes": pa.int64(),
     "member": pa.string(),
     "offset": pa.int64(),
+    "duration_s": pa.float64(),
+    "audio_sample_rate": pa.int32(),
 }
 
 COST_COLUMNS = {
+    "nfe": pa.int32(),
     "profile": pa.string(),
     "dtype": pa.string(),
     "batch_size": pa.int32(),
@@ -63,6 +82,7 @@ COLUMNS: dict[str, pa.DataType] = {
     **ROW_COLUMNS,
     **OUTCOME_COLUMNS,
     **REQUEST_COLUMNS,
+    **VIDEO_COLUMNS,
     **COST_COLUMNS,
     "raydiff_version": pa.string(),
     "finished_at": pa.timestamp("us", "UTC"),
@@ -78,6 +98,8 @@ REPEATING_COLUMNS = (
     *("init_image", "init_image_sha256", "model_revision", "profile", "dtype", "batch_size"),
     *("worker_id", "node", "device", "num_threads", "encode_s", "denoise_s", "decode_s"),
     *("peak_vram_bytes", "raydiff_version", "warning"),
+    *(name for name in VIDEO_COLUMNS if name != "stg_blocks"),
+    *("duration_s", "audio_sample_rate", "nfe"),
 )
 """Columns whose values repeat from row to row: dictionary-encoded in the file."""
 
@@ -120,6 +142,7 @@ def _values(
     requests = [row.request for row in rows]
     values = {
         **_attributes(requests, tuple(REQUEST_COLUMNS)),
+        **_attributes([r and r.video for r in requests], tuple(VIDEO_COLUMNS)),
         **_attributes(rows, tuple(ROW_COLUMNS)),
         **_attributes(results, RESULT_COLUMNS),
     }

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from raydiff.config import OutputConfig
 from raydiff.errors import DiskError, EngineError
 from raydiff.output.atomic import disk_error
+from raydiff.output.audio import Audio
 from raydiff.output.media import encode_image
 from raydiff.output.open_shard import OpenShard, temporary_index
 from raydiff.output.shard_index import (
@@ -66,7 +67,11 @@ class ShardWriter:
         """Shards that could not be closed; the next flush tries again."""
 
     def write(
-        self, request: RenderRequest, pixels: NDArray[np.uint8], result: RenderResult
+        self,
+        request: RenderRequest,
+        pixels: NDArray[np.uint8],
+        result: RenderResult,
+        audio: Audio | None = None,
     ) -> list[RenderResult]:
         """Add the image of `request`; return all results of its shard if that is full now.
 

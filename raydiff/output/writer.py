@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from raydiff import __version__
 from raydiff.config import OutputConfig
+from raydiff.output.audio import Audio
 from raydiff.output.media import encode_image
 from raydiff.output.media_store import IMAGES_DIR, MediaStore, media_path
 from raydiff.output.storage import Storage
@@ -41,7 +42,11 @@ class Writer:
         self._config = config
 
     def write(
-        self, request: RenderRequest, pixels: NDArray[np.uint8], result: RenderResult
+        self,
+        request: RenderRequest,
+        pixels: NDArray[np.uint8],
+        result: RenderResult,
+        audio: Audio | None = None,
     ) -> list[RenderResult]:
         """Write the image of `request` and return its result, with the file's fields filled in.
 

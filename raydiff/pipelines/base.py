@@ -1,6 +1,6 @@
 """What every pipeline is: a resident model with encode, denoise, decode, and render for all three.
 
-requests -> encode: PromptEmbeds -> denoise: latents -> decode: pixels
+requests -> encode: embeddings -> denoise: latents -> decode: pixels, and sound
 """
 
 from abc import ABC, abstractmethod
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from raydiff.errors import OutOfMemoryError
 from raydiff.memory.profiles import Profile
+from raydiff.output.audio import Audio
 from raydiff.pipelines.prompt_cache import EncodedPrompt
-from raydiff.request import ModelInfo, RenderRequest
+from raydiff.request import BatchKey, ModelInfo, RenderRequest
 
 Stage = Literal["encode", "denoise", "decode"]
 STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
@@ -40,28 +41,34 @@ class PromptEmbeds(NamedTuple):
 class Denoised(NamedTuple):
     """Latents of a batch, and which of them are of no use."""
 
-    latents: Tensor  # (B, C, h, w) float32
+    latents: Sequence[Any]
+    """By row: an image's (C, h, w) float32, or a clip's ClipLatents."""
     errors: tuple[str | None, ...]
 
 
 class Decoded(NamedTuple):
-    """Pixels of a batch, and what is to be said of them."""
+    """Pixels and sound of a batch, and what is to be said of them."""
 
-    pixels: np.ndarray
-    """uint8 (B, H, W, 3); of no use where there is an error."""
-    warnings: tuple[str | None, ...]
-    errors: tuple[str | None, ...]
+    pixels: Sequence[np.ndarray] | np.ndarray
+    """By row: uint8 (H, W, 3), or (F, H, W, 3) of a clip; of no use where there is an error."""
+    warnings: Sequence[str | None]
+    errors: Sequence[str | None]
+    audio: Sequence[Audio | None] | None = None
+    """By row; None for images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
-    """The images of one batch, and what they cost. Seconds are the whole batch's."""
+    """The images or clips of one batch, and what they cost. Seconds are the whole batch's."""
 
     pixels: list[np.ndarray]
-    """uint8 (H, W, 3) per request; black where there is an error."""
+    """uint8 (H, W, 3) per request, (F, H, W, 3) of a clip; black, or without frames, where there is
+    an error."""
+    audio: list[Audio | None]
+    """A clip's sound, which may be a few milliseconds longer or shorter than its frames."""
     warnings: tuple[str | None, ...]
     errors: tuple[str | None, ...]
-    """Why a request has no image: NaN in its latents or its pixels. None where it has one."""
+    """Why a request has no file: NaN in its latents or its pixels. None where it has one."""
     encode_s: float
     denoise_s: float
     decode_s: float
@@ -100,8 +107,9 @@ class Pipeline(ABC):
     """Where the UNet or transformer computes, or what else is loaded."""
 
     @abstractmethod
-    def encode(self, requests: Sequence[RenderRequest]) -> PromptEmbeds:
-        """Encode the prompts and negative prompts of all requests."""
+    def encode(self, requests: Sequence[RenderRequest]) -> Any:
+        """Encode the prompts and negative prompts of all requests: the family's embeddings, with
+        `warnings` of each row."""
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> list[EncodedPrompt]:
@@ -110,31 +118,23 @@ class Pipeline(ABC):
     @abstractmethod
     def gather(
         self, requests: Sequence[RenderRequest], encoded: Mapping[str, EncodedPrompt]
-    ) -> PromptEmbeds:
+    ) -> Any:
         """Return what `encode` does, of texts that are encoded already.
 
         Raises RowError for a request with a text that `encoded` does not have.
         """
 
     @abstractmethod
-    def denoise_rows(self, requests: Sequence[RenderRequest], embeds: PromptEmbeds) -> Denoised:
-        """Sample latents (B, C, h, w) float32 from each request's seed, and check them."""
+    def denoise_rows(self, requests: Sequence[RenderRequest], embeds: Any) -> Denoised:
+        """Sample latents from each request's seed under its own settings, and check them."""
 
     @abstractmethod
-    def decode_rows(self, latents: Tensor) -> Decoded:
-        """Decode latents (B, C, h, w), and check the pixels.
+    def decode_rows(self, latents: Sequence[Any]) -> Decoded:
+        """Decode each row's latents, and check the pixels."""
 
-        Where they are not finite, or black of latents that are not, the VAE tries again in
-        float32.
-        """
-
-    def denoise(self, requests: Sequence[RenderRequest], embeds: PromptEmbeds) -> Tensor:
-        """Sample latents (B, C, h, w) float32 from each request's seed under its own settings."""
-        return self.denoise_rows(requests, embeds).latents
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Decode latents (B, C, h, w) to pixels (B, H, W, 3) uint8."""
-        return self.decode_rows(latents).pixels
+    @abstractmethod
+    def on_host(self, latents: Any) -> Any:
+        """Return a copy of one row's latents in host memory, in tensors of its own."""
 
     @property
     def dtype_name(self) -> str:
@@ -148,9 +148,9 @@ class Pipeline(ABC):
             return torch.cuda.get_device_name(self.device)
         return "cpu"
 
-    def max_batch_size(self, height: int, width: int) -> int:
-        """Return how many images of this size the memory profile lets share a batch."""
-        return self.profile.max_batch_size(height, width)
+    def max_batch_size(self, key: BatchKey) -> int:
+        """Return how many requests of this shape the memory profile lets share a batch."""
+        return self.profile.max_batch_size(key.height, key.width, key.num_frames)
 
     def render(
         self,
@@ -172,8 +172,9 @@ class Pipeline(ABC):
                 decoded = self._decode_good(requests, denoised)
         return Rendered(
             pixels=list(decoded.pixels),
+            audio=list(decoded.audio or [None] * len(requests)),
             warnings=tuple(map(joined, embeds.warnings, decoded.warnings)),
-            errors=decoded.errors,
+            errors=tuple(decoded.errors),
             encode_s=costs.seconds["encode"],
             denoise_s=costs.seconds["denoise"],
             decode_s=costs.seconds["decode"],
@@ -206,20 +207,26 @@ class Pipeline(ABC):
             ) from error
 
     def _decode_good(self, requests: Sequence[RenderRequest], denoised: Denoised) -> Decoded:
-        """Decode the rows whose latents are of use; the others' images are black."""
+        """Decode the rows whose latents are of use; the others are black, or without frames."""
         good = [row for row, error in enumerate(denoised.errors) if error is None]
         if len(good) == len(requests):
             return self.decode_rows(denoised.latents)
-        first = requests[0]
-        pixels = np.zeros((len(requests), first.height, first.width, 3), np.uint8)
+        pixels = [_black(request) for request in requests]
         warnings: list[str | None] = [None] * len(requests)
         errors = list(denoised.errors)
+        audio: list[Audio | None] = [None] * len(requests)
         if good:
-            decoded = self.decode_rows(denoised.latents[good])
-            pixels[good] = decoded.pixels
-            for row, warning, error in zip(good, decoded.warnings, decoded.errors, strict=True):
-                warnings[row], errors[row] = warning, error
-        return Decoded(pixels, tuple(warnings), tuple(errors))
+            decoded = self.decode_rows([denoised.latents[row] for row in good])
+            for place, row in enumerate(good):
+                pixels[row] = decoded.pixels[place]
+                warnings[row], errors[row] = decoded.warnings[place], decoded.errors[place]
+                audio[row] = decoded.audio[place] if decoded.audio is not None else None
+        return Decoded(pixels, warnings, errors, audio)
+
+
+def _black(request: RenderRequest) -> np.ndarray:
+    shape = (request.height, request.width, 3)
+    return np.zeros(shape if request.video is None else (0, *shape), np.uint8)
 
 
 def joined(*warnings: str | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raydiff.config import DTypeName, MemoryConfig, ModelConfig, ProfileName
+from raydiff.config import DTypeName, LTX2Config, MemoryConfig, ModelConfig, ProfileName
 from raydiff.diffusion.schedule import ScheduleConfig
 from raydiff.errors import ConfigError, ModelError
 from raydiff.memory.gpus import GpuInfo, visible_gpus
@@ -55,6 +55,7 @@ def load_pipeline(
     stages: Collection[Stage] = STAGES,
     config: ModelConfig | None = None,
     memory: MemoryConfig | None = None,
+    ltx2: LTX2Config | None = None,
 ) -> Pipeline:
     """Load a model and keep it resident.
 

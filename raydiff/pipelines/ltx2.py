@@ -1,12 +1,11 @@
 """LTX-2: prompts to clips with sound, in one stage or two, from noise or from a first frame.
 
-requests -> encode: LTX2Embeds -> denoise: DenoisedClips -> decode: frames and sound
+requests -> encode: LTX2Embeds -> denoise: ClipLatents -> decode: frames and sound
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,107 +13,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from raydiff.diffusion.flow_match import REFINE_SIGMAS
-from raydiff.errors import ConfigError, RowError
+from raydiff.errors import RowError
 from raydiff.manifest.schema import quoted
 from raydiff.memory.profiles import Profile
 from raydiff.memory.residency import Residency
 from raydiff.models.ltx2.rope import LatentSize
 from raydiff.models.ltx2.vocoder import Vocoder, VocoderWithBWE
-from raydiff.pipelines.ltx2_components import (
-    ClipLatents,
-    DenoisedClips,
-    LTX2Components,
-    LTX2Embeds,
-    unpack,
-)
+from raydiff.output.audio import Audio
+from raydiff.pipelines.base import Decoded, Denoised, Pipeline
+from raydiff.pipelines.ltx2_components import ClipLatents, LTX2Components, LTX2Embeds, unpack
 from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_denoise import Denoising
-from raydiff.pipelines.ltx2_request import (
-    LTX2Request,
-    Mode,
-    check_request,
-    default_values,
-    has_second_stage,
-)
 from raydiff.pipelines.ltx2_text import encode_text
 from raydiff.pipelines.prompt_cache import EncodedPrompt, PromptCache
 from raydiff.pipelines.stable_diffusion import ATTENTION_BACKENDS
-
-NUM_BATCH_TOKENS = 16384
-"""Video tokens of a batch: with more an H200 is no faster, and others run out of memory sooner."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Clip:
-    """One request's clip."""
-
-    frames: Iterator[NDArray[np.uint8]]
-    """(f, H, W, 3) in order, decoded as they are asked for; RowError where they are not finite."""
-    audio: NDArray[np.float32]
-    """(2, samples) in -1..1; a few milliseconds longer or shorter than the frames."""
-    audio_sample_rate: int
-    error: str | None
-    """Why there is no clip; frames and audio are empty then."""
+from raydiff.request import ModelInfo, RenderRequest, batch_key, row_guidance
+from raydiff.video_settings import VideoSettings
 
 
-class LTX2Pipeline:
-    """LTX-2.0 and 2.3, resident. Not thread-safe: one caller at a time."""
+class LTX2Pipeline(Pipeline):
+    """LTX-2.0 and 2.3, resident. Build it with `raydiff.load_pipeline`."""
 
     def __init__(
         self,
         *,
+        info: ModelInfo,
         components: LTX2Components,
         profile: Profile,
-        mode: Mode,
         dtype: torch.dtype,
     ) -> None:
-        """Raises ConfigError where two stages are asked for without what makes the second."""
-        if has_second_stage(mode) and components.transformer and not components.latent_upsampler:
-            raise ConfigError(
-                f"ltx2.mode is {mode}; that needs a latent upsampler, which this checkpoint is "
-                "without. Use another mode, or add the folder latent_upsampler to the checkpoint."
-            )
+        self.info = info
         self.parts = components
         self.profile = profile
-        self.mode: Mode = mode
         self.dtype = dtype
         modules = components.modules
         self._residency = Residency(modules, profile)
         self.device = self._residency.device_of(next(iter(modules)))
         self._prompts = PromptCache()
 
-    def request(self, prompt: str, **values: Any) -> LTX2Request:
-        """Return a request with the official pipeline's values where none is given.
-
-        height, width, num_frames, frame_rate and seed are to be given. Raises RowError for a clip
-        that cannot be made.
-        """
-        transformer = self.parts.needed(self.parts.transformer, "denoise")
-        given = {name: value for name, value in values.items() if value is not None}
-        defaults = {"negative_prompt": None, **default_values(transformer.config, self.mode)}
-        request = LTX2Request(prompt=prompt, **{**defaults, **given})
-        config = self.parts.needed(self.parts.vae, "denoise").config
-        check_request(
-            request,
-            self.mode,
-            spatial_downscale=config.spatial_downscale,
-            temporal_downscale=config.temporal_downscale,
-            num_layers=transformer.config.num_layers,
-        )
-        return request
-
-    def max_batch_size(self, request: LTX2Request) -> int:
-        """Return how many clips of this size may share a batch, one at least."""
-        size = self._latent_size(request)
-        return max(1, NUM_BATCH_TOKENS // (size.num_frames * size.height * size.width))
-
-    def batch_shape(self, request: LTX2Request) -> tuple[int, ...]:
-        """Return what requests must have in common to share a batch."""
-        return *self._latent_size(request), self._num_audio_tokens(request)
-
     @torch.inference_mode()
-    def encode(self, requests: Sequence[LTX2Request]) -> LTX2Embeds:
+    def encode(self, requests: Sequence[RenderRequest]) -> LTX2Embeds:
         """Encode the prompts and negative prompts of all requests, each distinct text once."""
         texts = [text for request in requests for text in _texts(request)]
         return self.gather(requests, self._prompts.get_or_encode(texts, self._encode_texts))
@@ -125,7 +63,7 @@ class LTX2Pipeline:
         return [encoded.on_host() for encoded in self._encode_texts(texts)]
 
     def gather(
-        self, requests: Sequence[LTX2Request], encoded: Mapping[str, EncodedPrompt]
+        self, requests: Sequence[RenderRequest], encoded: Mapping[str, EncodedPrompt]
     ) -> LTX2Embeds:
         """Return what `encode` does, of texts that are encoded already.
 
@@ -143,35 +81,34 @@ class LTX2Pipeline:
         )
 
     @torch.inference_mode()
-    def denoise(self, requests: Sequence[LTX2Request], embeds: LTX2Embeds) -> DenoisedClips:
+    def denoise_rows(self, requests: Sequence[RenderRequest], embeds: LTX2Embeds) -> Denoised:
         """Sample the latents of each request's seed under its own settings, and check them.
 
-        The requests have one `batch_shape`; their steps, guidance and first frames may differ.
+        The requests have one `BatchKey` and video_mode; their steps, guidance and first frames may
+        differ. Raises ConfigError for two stages without what makes the second.
         """
-        shapes = {self.batch_shape(request) for request in requests}
+        first = requests[0]
+        shapes = {(batch_key(request)[1:], _settings(request).video_mode) for request in requests}
         if len(shapes) > 1:
             raise ValueError(f"requests of shapes {sorted(shapes)}; a batch has one shape")
-        size = self._latent_size(requests[0])
+        video = _settings(first)
+        size = self._latent_size(first)
         with self._attention_backends():
             run = Denoising(
                 self.parts,
                 self._residency,
                 self.profile,
-                self.mode,
                 requests,
                 embeds,
+                settings=video,
                 size=size,
-                num_audio_tokens=self._num_audio_tokens(requests[0]),
             )
-            tokens = run.in_two_stages() if has_second_stage(self.mode) else run.whole()
-        return DenoisedClips(
-            latents=ClipLatents(unpack(tokens.video, size), tokens.audio),
-            errors=run.errors(),
-            num_evaluations=tuple(map(self.num_evaluations, requests)),
-        )
+            tokens = run.in_two_stages() if video.has_second_stage else run.whole()
+        rows = zip(unpack(tokens.video, size), tokens.audio, strict=True)
+        return Denoised(tuple(ClipLatents(*row) for row in rows), run.errors())
 
-    def decode(self, denoised: DenoisedClips) -> Iterator[Clip]:
-        """Yield the clip of each row; its frames are to be taken before the next clip."""
+    def decode_rows(self, latents: Sequence[ClipLatents]) -> Decoded:
+        """Decode each clip's frames (F, H, W, 3) uint8 and its sound, and check them."""
         vocoder = self.parts.needed(self.parts.vocoder, "decode")
         decoder = ClipDecoder(
             self.parts.needed(self.parts.vae, "decode"),
@@ -179,34 +116,30 @@ class LTX2Pipeline:
             cast("Vocoder | VocoderWithBWE", vocoder),
             self._residency,
         )
-        for video, audio, error in zip(*denoised.latents, denoised.errors, strict=True):
-            yield self._clip(decoder, video, audio, error)
-
-    def render(
-        self,
-        requests: Sequence[LTX2Request],
-        encoded: Mapping[str, EncodedPrompt] | None = None,
-    ) -> Iterator[Clip]:
-        """Run the stages; with `encoded` texts, all but the first. See `decode`."""
-        embeds = self.encode(requests) if encoded is None else self.gather(requests, encoded)
-        return self.decode(self.denoise(requests, embeds))
-
-    def num_evaluations(self, request: LTX2Request) -> int:
-        """Return the request's NFE: forward passes of the transformer for it, in all stages."""
-        first = request.guidance.num_evaluations(request.num_inference_steps)
-        return first + (len(REFINE_SIGMAS) - 1 if has_second_stage(self.mode) else 0)
-
-    def _clip(self, decoder: ClipDecoder, video: Tensor, audio: Tensor, error: str | None) -> Clip:
-        sound = np.zeros((2, 0), np.float32)
-        if error is None:
-            try:
-                sound = decoder.sound(audio)
-            except RowError as failure:
-                error = str(failure)
-        frames = iter(()) if error is not None else decoder.frames(video, self.profile)
-        return Clip(
-            frames=frames, audio=sound, audio_sample_rate=decoder.audio_sample_rate, error=error
+        clips = [self._clip(decoder, *row) for row in latents]
+        return Decoded(
+            pixels=[clip.frames for clip in clips],
+            audio=[clip.audio for clip in clips],
+            warnings=[None] * len(clips),
+            errors=[clip.error for clip in clips],
         )
+
+    def on_host(self, latents: ClipLatents) -> ClipLatents:
+        """Return a copy of one clip's latents in host memory."""
+        return ClipLatents(*(tensor.to("cpu", copy=True) for tensor in latents))
+
+    def _clip(self, decoder: ClipDecoder, video: Tensor, audio: Tensor) -> "_Clip":
+        frames = decoder.empty_frames(video)
+        try:
+            sound = Audio(samples=decoder.sound(audio), sample_rate=decoder.audio_sample_rate)
+            num_done = 0
+            # Into one array, chunk by chunk: a clip is never in memory twice.
+            for chunk in decoder.frames(video, self.profile):
+                frames[num_done : num_done + len(chunk)] = chunk
+                num_done += len(chunk)
+        except RowError as error:
+            return _Clip(frames[:0], None, str(error))
+        return _Clip(frames, sound, None)
 
     def _encode_texts(self, texts: Sequence[str]) -> list[EncodedPrompt]:
         tokenizer = self.parts.needed(self.parts.tokenizer, "encode")
@@ -217,7 +150,7 @@ class LTX2Pipeline:
             return [encode_text(text, tokenizer, encoder, connectors, device) for text in texts]
 
     def _truncation_warning(
-        self, request: LTX2Request, encoded: Mapping[str, EncodedPrompt]
+        self, request: RenderRequest, encoded: Mapping[str, EncodedPrompt]
     ) -> str | None:
         negative = _negative_text(request)
         cut = [
@@ -227,16 +160,13 @@ class LTX2Pipeline:
         ]
         return f"{' and '.join(cut)} cut to {self.parts.num_text_embeds} tokens" if cut else None
 
-    def _latent_size(self, request: LTX2Request) -> LatentSize:
+    def _latent_size(self, request: RenderRequest) -> LatentSize:
         config = self.parts.needed(self.parts.vae, "denoise").config
         return LatentSize(
-            (request.num_frames - 1) // config.temporal_downscale + 1,
+            (_settings(request).num_frames - 1) // config.temporal_downscale + 1,
             request.height // config.spatial_downscale,
             request.width // config.spatial_downscale,
         )
-
-    def _num_audio_tokens(self, request: LTX2Request) -> int:
-        return self.parts.audio_config.num_latents(request.num_frames, request.frame_rate)
 
     def _attention_backends(self) -> AbstractContextManager[None]:
         if self.device.type == "cuda":
@@ -244,12 +174,26 @@ class LTX2Pipeline:
         return nullcontext()
 
 
-def _texts(request: LTX2Request) -> list[str]:
+class _Clip(NamedTuple):
+    """One decoded clip, or why there is none."""
+
+    frames: NDArray[np.uint8]
+    audio: Audio | None
+    error: str | None
+
+
+def _settings(request: RenderRequest) -> VideoSettings:
+    if request.video is None:
+        raise ValueError("a request for an image; LTX-2 makes clips")
+    return request.video
+
+
+def _texts(request: RenderRequest) -> list[str]:
     """Return what has to be encoded for a request."""
     negative = _negative_text(request)
     return [request.prompt] if negative is None else [request.prompt, negative]
 
 
-def _negative_text(request: LTX2Request) -> str | None:
+def _negative_text(request: RenderRequest) -> str | None:
     """Return the text of the request's pass under a negative prompt, None without the pass."""
-    return (request.negative_prompt or "") if "negative" in request.guidance.passes else None
+    return (request.negative_prompt or "") if "negative" in row_guidance(request).passes else None

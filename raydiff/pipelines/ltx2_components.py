@@ -82,21 +82,17 @@ class LTX2Embeds(NamedTuple):
 
 
 class ClipLatents(NamedTuple):
-    """Normalised latents of a batch, float32."""
+    """One clip's normalised latents, float32."""
 
     video: Tensor
-    """(B, C, F, h, w)."""
+    """(C, F, h, w)."""
     audio: Tensor
-    """(B, M, C'), a token for each latent frame."""
+    """(M, C'), a token for each latent frame."""
 
-
-class DenoisedClips(NamedTuple):
-    """Latents of a batch, which of them are of no use, and what each took."""
-
-    latents: ClipLatents
-    errors: tuple[str | None, ...]
-    num_evaluations: tuple[int, ...]
-    """Forward passes of the transformer for each row (NFE), both stages together."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.video.nbytes + self.audio.nbytes
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -43,6 +43,13 @@ class ClipDecoder:
         """Samples per second and channel: 24,000 in 2.0 and 48,000 in 2.3."""
         return self._vocoder.config.output_sampling_rate
 
+    def empty_frames(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Return room (F, H, W, 3) for the frames of one clip's latents (C, f, h, w)."""
+        config = self._vae.config
+        num_frames = (latents.shape[1] - 1) * config.temporal_downscale + 1
+        height, width = (size * config.spatial_downscale for size in latents.shape[2:])
+        return np.empty((num_frames, height, width, 3), np.uint8)
+
     def frames(self, latents: Tensor, profile: Profile) -> Iterator[NDArray[np.uint8]]:
         """Yield the frames of one clip's latents (C, F, h, w) in order: (f, H, W, 3) each.
 

@@ -13,7 +13,6 @@ from raydiff.diffusion.flow_match import (
     add_noise,
 )
 from raydiff.diffusion.noise import draw, row_generators
-from raydiff.diffusion.x0_guidance import RowGuidance
 from raydiff.memory.profiles import Profile
 from raydiff.memory.residency import Residency
 from raydiff.models.ltx2.connectors import TextEmbeds
@@ -22,8 +21,9 @@ from raydiff.models.ltx2.transformer import LTX2Context, LTX2Transformer
 from raydiff.pipelines.ltx2_components import LTX2Components, LTX2Embeds, pack, unpack
 from raydiff.pipelines.ltx2_first_frame import fit_first_frame, read_first_frame
 from raydiff.pipelines.ltx2_guided import GuidedTransformer, negative_rows
-from raydiff.pipelines.ltx2_request import LTX2Request, Mode, is_distilled
 from raydiff.pipelines.ltx2_text import connect_texts
+from raydiff.request import RenderRequest, row_guidance
+from raydiff.video_settings import RowGuidance, VideoSettings
 
 
 class Tokens(NamedTuple):
@@ -34,28 +34,30 @@ class Tokens(NamedTuple):
 
 
 class Denoising:
-    """One batch on its way from noise to latents; `size` is that of its finished clips."""
+    """One batch on its way from noise to latents; `settings` are those that its
+    clips share: mode, length and frame rate; `size` is that of its finished clips."""
 
     def __init__(
         self,
         parts: LTX2Components,
         residency: Residency,
         profile: Profile,
-        mode: Mode,
-        requests: Sequence[LTX2Request],
+        requests: Sequence[RenderRequest],
         embeds: LTX2Embeds,
         *,
+        settings: VideoSettings,
         size: LatentSize,
-        num_audio_tokens: int,
     ) -> None:
         self._parts = parts
         self._residency = residency
         self._is_sequential = profile.guidance == "sequential"
-        self._mode: Mode = mode
+        self._settings = settings
         self._requests = requests
         self._embeds = embeds
         self._size = size
-        self._num_audio_tokens = num_audio_tokens
+        self._num_audio_tokens = parts.audio_config.num_latents(
+            settings.num_frames, settings.frame_rate
+        )
         self._transformer = parts.needed(parts.transformer, "denoise")
         self._vae = parts.needed(parts.vae, "denoise")
         self._device = residency.device_of("transformer")
@@ -80,7 +82,7 @@ class Denoising:
         half = LatentSize(self._size.num_frames, self._size.height // 2, self._size.width // 2)
         first = self._first_stage(half)
         second = self._second_stage(Tokens(self._enlarge(first.video, half), first.audio))
-        return second if is_distilled(self._mode) else Tokens(second.video, first.audio)
+        return second if self._settings.is_distilled else Tokens(second.video, first.audio)
 
     def errors(self) -> tuple[str | None, ...]:
         """Say after which step a row was not finite, from the sums after each."""
@@ -100,7 +102,7 @@ class Denoising:
         # Video before audio, each as unpacked latents: the reference's order of draws.
         video_noise = pack(draw(self._generators, (channels, *size)))
         audio_noise = draw(self._generators, audio_shape).transpose(1, 2).flatten(2)
-        guidance = [request.guidance for request in self._requests]
+        guidance = [row_guidance(request) for request in self._requests]
         return self._walk(
             self._transformer,
             "transformer",
@@ -137,8 +139,8 @@ class Denoising:
         ]
         return torch.cat(rows)
 
-    def _schedule(self, request: LTX2Request, size: LatentSize) -> tuple[float, ...]:
-        if is_distilled(self._mode):
+    def _schedule(self, request: RenderRequest, size: LatentSize) -> tuple[float, ...]:
+        if self._settings.is_distilled:
             return DISTILLED_SIGMAS
         return self._parts.schedule.sigmas(request.num_inference_steps, _num_tokens(size))
 
@@ -192,7 +194,7 @@ class Denoising:
             audio,
             latent_size=size,
             num_audio_tokens=self._num_audio_tokens,
-            frame_rates=[self._requests[row].frame_rate for row in rows],
+            frame_rates=[self._settings.frame_rate] * len(rows),
         )
 
     def _connect_texts(self) -> dict[str, TextEmbeds]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from raydiff.diffusion.guidance import per_row
-from raydiff.diffusion.x0_guidance import PASS_KINDS, PassKind, RowGuidance, Weaker, guide
+from raydiff.diffusion.x0_guidance import Weaker, guide
 from raydiff.models.ltx2.rope import LatentSize
 from raydiff.models.ltx2.transformer import LTX2Context, LTX2Transformer
+from raydiff.video_settings import PASS_KINDS, PassKind, RowGuidance
 
 
 class Clean(NamedTuple):

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +29,7 @@ from raydiff.pipelines.guided_unet import GuidedUNet
 from raydiff.pipelines.init_image import load_init_image
 from raydiff.pipelines.prompt_cache import EncodedPrompt, PromptCache
 from raydiff.pipelines.vae_decoder import VAE_TILE, VAE_TILE_OVERLAP, VAEDecoder
-from raydiff.request import ModelInfo, RenderRequest
+from raydiff.request import BatchKey, ModelInfo, RenderRequest
 from raydiff.tokenizer import CLIPTokenizer
 
 ENCODE_CHUNK = 8
@@ -96,9 +97,9 @@ class StableDiffusionPipeline(Pipeline):
         if components.vae is not None:
             self._decoder = VAEDecoder(components.vae, self._residency, is_compiled=is_compiled)
 
-    def max_batch_size(self, height: int, width: int) -> int:
+    def max_batch_size(self, key: BatchKey) -> int:
         """Return the memory profile's batch size; if compiled, one that no padding enlarges."""
-        size = super().max_batch_size(height, width)
+        size = super().max_batch_size(key)
         return 2 ** (size.bit_length() - 1) if self.is_compiled else size
 
     @torch.inference_mode()
@@ -134,7 +135,7 @@ class StableDiffusionPipeline(Pipeline):
 
     @torch.inference_mode()
     def denoise_rows(self, requests: Sequence[RenderRequest], embeds: PromptEmbeds) -> Denoised:
-        """Sample latents (B, 4, h, w) float32 from each request's seed, and check them."""
+        """Sample latents (4, h, w) float32 from each request's seed, and check them."""
         unet, vae = self._needed(self.parts.unet, "denoise"), self._vae("denoise")
         generators = row_generators([request.seed for request in requests])
         # The posterior sample of an init image is drawn before the row's noise, as in diffusers.
@@ -168,13 +169,29 @@ class StableDiffusionPipeline(Pipeline):
                 latents, timesteps, rows = state.model_input()
                 state.step(predict(latents, timesteps, rows))
                 sums.append(state.latents.sum(dim=(1, 2, 3)))
-        return Denoised(state.latents, self._latents_errors(torch.stack(sums)))
+        return Denoised(tuple(state.latents), self._latents_errors(torch.stack(sums)))
 
     @torch.inference_mode()
-    def decode_rows(self, latents: Tensor) -> Decoded:
-        """Decode latents (B, 4, h, w) to pixels (B, H, W, 3) uint8, and check them."""
+    def decode_rows(self, latents: Sequence[Tensor]) -> Decoded:
+        """Decode latents (4, h, w) to pixels (H, W, 3) uint8, all of one size, and check them.
+
+        Where they are not finite, or black of latents that are not, the VAE tries again in
+        float32.
+        """
         self._vae("decode")
-        return self._decoder.decode(latents, self.profile)
+        return self._decoder.decode(torch.stack(tuple(latents)), self.profile)
+
+    def on_host(self, latents: Tensor) -> Tensor:
+        """Return a copy of one row's latents in host memory."""
+        return latents.to("cpu", copy=True)
+
+    def denoise(self, requests: Sequence[RenderRequest], embeds: PromptEmbeds) -> Tensor:
+        """Sample latents (B, 4, h, w) float32 from each request's seed under its own settings."""
+        return torch.stack(tuple(self.denoise_rows(requests, embeds).latents))
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Decode latents (B, 4, h, w) to pixels (B, H, W, 3) uint8."""
+        return np.asarray(self.decode_rows(tuple(latents)).pixels)
 
     def _latents_errors(self, sums: Tensor) -> tuple[str | None, ...]:
         """Say after which evaluation a row was not finite, from its sum after each: (E + 1, B)."""

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers.pipelines.ltx2.pipeline_ltx2 import rescale_noise_cfg
 
-from raydiff.diffusion.x0_guidance import RowGuidance, StreamGuidance, Weaker, guide
+from raydiff.diffusion.x0_guidance import Weaker, guide
+from raydiff.video_settings import RowGuidance, StreamGuidance
 
 FULL = StreamGuidance(guidance_scale=3.0, stg_scale=1.0, modality_scale=3.0, guidance_rescale=0.7)
 NONE = StreamGuidance()

@@ -11,7 +11,7 @@ import pytest
 
 from raydiff.bench.null_model import MODEL
 from raydiff.engine.render import RunSummary
-from raydiff.request import RenderBatch, RenderRequest, with_request_id
+from raydiff.request import BatchKey, RenderBatch, RenderRequest, with_request_id
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def make_batch() -> Callable[[Sequence[str]], RenderBatch]:
 
     def make(prompts: Sequence[str], batch_id: int = 1) -> RenderBatch:
         requests = tuple(_request(prompt, seed) for seed, prompt in enumerate(prompts))
-        return RenderBatch(batch_id=batch_id, model="null", height=8, width=8, requests=requests)
+        return RenderBatch(batch_id=batch_id, key=BatchKey("null", 8, 8), requests=requests)
 
     return make
 

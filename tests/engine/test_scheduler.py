@@ -142,8 +142,8 @@ def test_a_batch_size_is_learned_per_shape() -> None:
     pending = dispatches(machine.decide(0.1))
     while pending:
         batch = pending[0].batch
-        seen[batch.height].append(len(batch.requests))
-        machine.handle(done(pending.pop(0), max_batch_size=5 if batch.height == 64 else 3), 0.0)
+        seen[batch.key.height].append(len(batch.requests))
+        machine.handle(done(pending.pop(0), max_batch_size=5 if batch.key.height == 64 else 3), 0.0)
         pending += dispatches(machine.decide(0.2))
     assert 5 in seen[64]
     assert max(seen[64][2:]) <= 5

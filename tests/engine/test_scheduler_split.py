@@ -17,7 +17,7 @@ from raydiff.engine.messages import (
     texts_of,
 )
 from raydiff.engine.scheduler import MAX_INPUTS_LOST, Scheduler
-from raydiff.request import RenderBatch
+from raydiff.request import BatchKey, RenderBatch
 from tests.engine.scheduling import (
     denoised,
     encoded,
@@ -383,7 +383,7 @@ def test_a_drained_run_does_not_wait_for_a_decoder_that_is_gone() -> None:
 
 def test_the_cache_drops_the_least_recently_used_that_nothing_needs() -> None:
     cache = EmbedsCache(20)
-    user = RowJob(batch=RenderBatch(batch_id=1, model="m", height=8, width=8, requests=()))
+    user = RowJob(batch=RenderBatch(batch_id=1, key=BatchKey("m", 8, 8), requests=()))
     a, b, c, d = (TextKey("m", "r", text) for text in "abcd")
     assert [cache.pin(text, user) for text in (a, b, c, d)] == ["absent"] * 4
     for text in (a, b, c):

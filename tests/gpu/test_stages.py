@@ -12,7 +12,7 @@ from raydiff.engine.messages import BatchReply, texts_of
 from raydiff.engine.renderers import PipelineRenderer
 from raydiff.engine.worker import Worker, WorkerSpec
 from raydiff.pipelines.load import load_pipeline
-from raydiff.request import RenderBatch, RenderRequest, with_request_id
+from raydiff.request import BatchKey, RenderBatch, RenderRequest, with_request_id
 from raydiff.weights.resolve import resolve_model
 
 pytestmark = pytest.mark.gpu
@@ -115,7 +115,7 @@ def test_a_row_that_fits_no_profile_fails_alone(tiny_sd21: Path, tmp_path: Path)
 
     def batch(size: int) -> RenderBatch:
         rows = tuple(requests(tiny_sd21, 2, height=size, width=size))
-        return RenderBatch(batch_id=size, model=info.name, height=size, width=size, requests=rows)
+        return RenderBatch(batch_id=size, key=BatchKey(info.name, size, size), requests=rows)
 
     async def replies() -> list[BatchReply]:
         worker = Worker("w0", spec)

@@ -18,7 +18,7 @@ from raydiff.manifest.reader import Manifest, open_manifest
 from raydiff.manifest.row_checks import RowChecks
 from raydiff.manifest.rows import read_rows
 from raydiff.manifest.schema import MAX_SEED
-from raydiff.request import ModelInfo
+from raydiff.request import ModelInfo, batch_key
 
 MAX_ERRORS = 7
 
@@ -71,7 +71,7 @@ def check_against_rows(manifest: Manifest, config: RunConfig) -> tuple[int, int,
     for (_, _, key, shape), row in zip(found, rows, strict=True):
         assert (shape < 0) == (row.request is None)
         if row.request is not None:
-            asked = (row.request.model, row.request.height, row.request.width)
+            asked = batch_key(row.request)
             assert checks.shapes[shape] == asked
             assert ids.setdefault(key, row.request.request_id) == row.request.request_id
     requests = [row.request.request_id for row in rows if row.request]

@@ -1,6 +1,6 @@
 """A tiny LTX-2, 2.0 or 2.3: the configs of its components, and pipelines with random weights."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from raydiff.diffusion.flow_match import FlowMatchConfig
+from raydiff.errors import RowError
 from raydiff.gemma_tokenizer import GemmaTokenizer, write_tiny_gemma_tokenizer
+from raydiff.manifest.video_rules import video_defaults, video_problems
 from raydiff.memory.profiles import load_profile
 from raydiff.models.gemma3 import Gemma3Config, Gemma3TextEncoder
 from raydiff.models.ltx2.audio_vae import AudioVAE, AudioVAEConfig
@@ -21,7 +23,8 @@ from raydiff.models.ltx2.video_vae_config import LTX2VideoVAEConfig
 from raydiff.models.ltx2.vocoder import build_vocoder
 from raydiff.pipelines.ltx2 import LTX2Pipeline
 from raydiff.pipelines.ltx2_components import LTX2Components
-from raydiff.pipelines.ltx2_request import Mode
+from raydiff.request import ModelInfo, RenderRequest, VideoModel
+from raydiff.video_settings import VideoMode, VideoSettings
 
 Version = Literal["2.0", "2.3"]
 
@@ -226,13 +229,65 @@ def tiny_components(
     )
 
 
-def tiny_pipeline(parts: LTX2Components, mode: Mode = "one_stage", **profile: Any) -> LTX2Pipeline:
+def tiny_info(parts: LTX2Components, version: Version = "2.0") -> ModelInfo:
+    """Return what validation knows of a tiny checkpoint."""
+    num_layers = CONFIGS[version]["transformer"]["num_layers"]
+    return ModelInfo(
+        name="tiny-ltx2",
+        family="ltx2",
+        path="",
+        revision="local-0",
+        tasks=("txt2vid", "img2vid"),
+        default_height=512,
+        default_width=768,
+        size_multiple=32,
+        default_num_inference_steps=40 if version == "2.0" else 30,
+        default_guidance_scale=3.0,
+        default_strength=1.0,
+        default_sampler="euler",
+        num_parameters={},
+        samplers=("euler",),
+        video=VideoModel(
+            num_layers=num_layers,
+            default_stg_block=num_layers - 1,
+            spatial_downscale=32,
+            temporal_downscale=8,
+            has_upsampler=parts.latent_upsampler is not None,
+        ),
+    )
+
+
+def tiny_pipeline(parts: LTX2Components, version: Version = "2.0", **profile: Any) -> LTX2Pipeline:
     """Return a pipeline on the CPU; `profile` are changes to the cpu_only profile."""
     return LTX2Pipeline(
+        info=tiny_info(parts, version),
         components=parts,
         profile=replace(load_profile("cpu_only"), **profile),
-        mode=mode,
         dtype=torch.float32,
+    )
+
+
+def clip_request(
+    pipeline: LTX2Pipeline, prompt: str, mode: VideoMode = "one_stage", **values: Any
+) -> RenderRequest:
+    """Return a request with the official pipeline's values where none is given."""
+    defaults = {"negative_prompt": None, "init_image": None, **video_defaults(pipeline.info, mode)}
+    given = {name: value for name, value in values.items() if value is not None}
+    merged = {**defaults, "text_encoder": "gemma3", **given}
+    problems = list(video_problems(merged, pipeline.info))
+    if problems:
+        raise RowError(" ".join(problems))
+    settings = VideoSettings(
+        **{field.name: merged.pop(field.name) for field in fields(VideoSettings)}
+    )
+    return RenderRequest(
+        model=pipeline.info.name,
+        model_revision=pipeline.info.revision,
+        task="txt2vid" if merged["init_image"] is None else "img2vid",
+        prompt=prompt,
+        sampler="euler",
+        video=settings,
+        **merged,
     )
 
 
