@@ -67,7 +67,7 @@ class Tokens:
     """Prompts as a text encoder takes them."""
 
     input_ids: NDArray[np.int64]
-    """(B, 77): bos, the prompt, eos, padding."""
+    """(B, max_length): bos, the prompt, eos, padding."""
     is_truncated: tuple[bool, ...]
     """Per prompt: it was longer, and its end was cut off."""
 
@@ -118,7 +118,10 @@ class CLIPTokenizer:
 
 
 def write_tiny_tokenizer(
-    folder: str | Path, pad_token: str, words: Sequence[str] = TINY_WORDS
+    folder: str | Path,
+    pad_token: str,
+    words: Sequence[str] = TINY_WORDS,
+    max_length: int = MAX_LENGTH,
 ) -> int:
     """Write a real CLIP tokenizer with a small vocabulary, and return the vocabulary's size.
 
@@ -137,7 +140,7 @@ def write_tiny_tokenizer(
     special_tokens_map = {**names, "pad_token": pad_token}
     config = {
         **special_tokens_map,
-        "model_max_length": MAX_LENGTH,
+        "model_max_length": max_length,
         "tokenizer_class": "CLIPTokenizer",
     }
     write_json(folder / "vocab.json", vocab)

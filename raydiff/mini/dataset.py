@@ -30,7 +30,7 @@ class Dataset:
     tables: NDArray[np.float32]
     """(N, objects, fields) for `draw`."""
     input_ids: dict[str, NDArray[np.int16]]
-    """By text encoder: (N, CAPTIONS_PER_SCENE, 77)."""
+    """By text encoder: (N, CAPTIONS_PER_SCENE, MAX_TOKENS)."""
 
 
 def make_dataset(num_scenes: int, tokenizers: dict[str, Path]) -> Dataset:

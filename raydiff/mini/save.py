@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from raydiff.mini.recipe import VAE, Recipe
+from raydiff.mini.recipe import MAX_TOKENS, VAE, Recipe
 from raydiff.mini.train_denoiser import Denoiser, encoder_config
 from raydiff.mini.vocabulary import words
 from raydiff.models.autoencoder_kl import AutoencoderKL
@@ -19,7 +19,7 @@ def save_tokenizers(recipe: Recipe, folder: Path) -> dict[str, Path]:
         name: folder / name.replace("text_encoder", "tokenizer") for name in recipe.text_encoders
     }
     for name, tokenizer in folders.items():
-        write_tiny_tokenizer(tokenizer, recipe.pad_tokens[name], words())
+        write_tiny_tokenizer(tokenizer, recipe.pad_tokens[name], words(), MAX_TOKENS)
     return folders
 
 

@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
         input_ids: dict[str, Tensor],
         is_dropped: Tensor,
     ) -> Tensor:
-        """noisy (B, 4, h, w), timesteps (B,), ids (B, 77) -> prediction (B, 4, h, w).
+        """noisy (B, 4, h, w), timesteps (B,), ids (B, S) -> prediction (B, 4, h, w).
 
         Rows that are dropped see zeros where the pipeline has zeros for no negative prompt; where
         it has the empty prompt, their ids are its.
@@ -79,7 +79,7 @@ def train_denoiser(
     vocab_sizes: dict[str, int],
     log: Callable[[str], None],
 ) -> Denoiser:
-    """Train from nothing on latents (N, 4, h, w) and ids (N, captions, 77), all on one device."""
+    """Train from nothing on latents (N, 4, h, w) and ids (N, captions, S), all on one device."""
     device = latents.device
     torch.manual_seed(recipe.seed)
     denoiser = Denoiser(recipe, vocab_sizes).to(device)

@@ -319,4 +319,4 @@ def _truncation_warning(prompt: EncodedPrompt, negative_prompt: EncodedPrompt) -
     ]
     if not cut:
         return None
-    return f"{' and '.join(cut)} cut to 77 tokens"
+    return f"{' and '.join(cut)} cut to {len(prompt.embeds)} tokens"
