@@ -78,6 +78,13 @@ class LTX2ConnectorsConfig:
         _check_widths(options, result)
         return result
 
+    @property
+    def num_features(self) -> int:
+        """Features of a text's token: both streams' where each has a projection of its own."""
+        if self.has_projection_for_each:
+            return self.video.dim + self.audio.dim
+        return self.hidden_size
+
 
 class TextEmbeds(NamedTuple):
     """A batch of prompts as each stream takes them: (B, N, C) and (B, N, C')."""
