@@ -26,6 +26,7 @@ from raydiff.memory.residency import Residency
 from raydiff.pipelines.ltx2 import LTX2Pipeline as OurPipeline
 from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_first_frame import compress
+from raydiff.video_settings import VideoMode
 from tests.parity.ltx2_reference import (
     reference_pipeline,
     reference_transformer,
@@ -34,6 +35,7 @@ from tests.parity.ltx2_reference import (
 from tests.pipelines.tiny_ltx2 import (
     MAX_LENGTH,
     Version,
+    clip_request,
     tiny_components,
     tiny_modules,
     tiny_pipeline,
@@ -121,15 +123,18 @@ class Pair:
         )
 
     def render(
-        self, pipeline: OurPipeline, rows: Sequence[dict[str, Any]]
+        self,
+        pipeline: OurPipeline,
+        rows: Sequence[dict[str, Any]],
+        mode: VideoMode = "one_stage",
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return what we make of a batch: frames in 0..1 before they are rounded, and sound."""
-        requests = [pipeline.request(**row) for row in rows]
-        denoised = pipeline.denoise(requests, pipeline.encode(requests))
+        requests = [clip_request(pipeline, mode=mode, **row) for row in rows]
+        denoised = pipeline.denoise_rows(requests, pipeline.encode(requests))
         assert denoised.errors == (None,) * len(rows)
         return [
             (as_levels(self.decoder.pixels(video, pipeline.profile)), self.decoder.sound(audio))
-            for video, audio in zip(*denoised.latents, strict=True)
+            for video, audio in denoised.latents
         ]
 
     def reference(
@@ -270,7 +275,7 @@ def test_distilled_equals_diffusers(pair: Pair) -> None:
     row = {**ROWS[2], **SIZE, "num_inference_steps": 8}
     scheduler = pair.fixed_scheduler()
     expected = pair.reference(row, scheduler, sigmas=DISTILLED_SIGMA_VALUES)
-    (clip,) = pair.render(tiny_pipeline(pair.parts, "distilled"), [row])
+    (clip,) = pair.render(tiny_pipeline(pair.parts), [row], "distilled")
     assert_equal(clip, *expected)
 
 
@@ -278,7 +283,7 @@ def test_distilled_equals_diffusers(pair: Pair) -> None:
 def test_two_stages_equal_diffusers(pair: Pair, init_image: str, task: str) -> None:
     row = {**ROWS[0], **TWICE} | ({"init_image": init_image} if task == "img2vid" else {})
     frames, first_sound, _ = pair.reference_in_two_stages(row, pair.refine_transformer)
-    (clip,) = pair.render(tiny_pipeline(pair.parts, "two_stage"), [row])
+    (clip,) = pair.render(tiny_pipeline(pair.parts), [row], "two_stage")
     assert_equal(clip, frames, first_sound)
 
 
@@ -289,7 +294,7 @@ def test_distilled_two_stages_equal_diffusers(pair: Pair) -> None:
         row, pair.pipe.transformer, scheduler=scheduler, sigmas=DISTILLED_SIGMA_VALUES
     )
     parts = replace(pair.parts, refine_transformer=None)
-    (clip,) = pair.render(tiny_pipeline(parts, "distilled_two_stage"), [row])
+    (clip,) = pair.render(tiny_pipeline(parts), [row], "distilled_two_stage")
     assert_equal(clip, frames, second_sound)
 
 

@@ -12,11 +12,13 @@ from PIL import Image
 
 from raydiff.diffusion.flow_match import FlowMatchConfig
 from raydiff.errors import ConfigError, RowError
+from raydiff.memory.residency import Residency
 from raydiff.models.ltx2.transformer import LTX2Transformer
 from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
 from raydiff.pipelines.base import Denoised
 from raydiff.pipelines.ltx2 import LTX2Pipeline
 from raydiff.pipelines.ltx2_components import ClipLatents, LTX2Components, pack
+from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_first_frame import fit_first_frame, read_first_frame
 from raydiff.request import RenderRequest, batch_key, num_evaluations, row_guidance
 from raydiff.video_settings import VideoMode
@@ -53,9 +55,7 @@ def init_image(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def request(
-    pipeline: LTX2Pipeline, mode: VideoMode = "one_stage", **values: Any
-) -> RenderRequest:
+def request(pipeline: LTX2Pipeline, mode: VideoMode = "one_stage", **values: Any) -> RenderRequest:
     """Return a small clip's request, guided as the checkpoint's own pipeline does."""
     return clip_request(pipeline, mode=mode, **{"prompt": "a red cat", "seed": 1, **SIZE, **values})
 
@@ -86,30 +86,34 @@ def test_clips_have_8k_plus_1_frames_and_25_sound_latents_a_second(parts: LTX2Co
     ):
         one = request(pipeline, num_frames=num_frames, frame_rate=frame_rate, **UNGUIDED)
         one = replace(one, num_inference_steps=1)
-        (clip,) = pipeline.render([one])
-        assert sum(map(len, clip.frames)) == num_frames
-        assert pipeline.batch_shape(one) == ((num_frames - 1) // 8 + 1, 2, 3, num_latents)
+        latents = denoise_one(pipeline, one)
+        assert latents.video.shape == (16, (num_frames - 1) // 8 + 1, 2, 3)
+        assert latents.audio.shape == (num_latents, 16)
+        clips = pipeline.decode_rows([latents])
+        assert clips.pixels[0].shape == (num_frames, 64, 96, 3)
+        assert clips.audio is not None
+        sound = clips.audio[0]
+        assert sound is not None
         # 4 T - 3 mel frames of 6 samples each.
-        assert clip.audio.shape == (2, (4 * num_latents - 3) * 6)
-        assert clip.audio.dtype == np.float32
+        assert sound.samples.shape == (2, (4 * num_latents - 3) * 6)
+        assert sound.samples.dtype == np.float32
 
 
 def test_tiles_and_chunks_give_about_the_whole_clip(parts: LTX2Components) -> None:
     """In chunks of 8 frames it is the same clip; tiles show at their seams alone."""
-    shape = (1, 16, 3, 2, 18)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    sound = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(2))
-    denoised = DenoisedClips(ClipLatents(latents, sound), errors=(None,), num_evaluations=(1,))
+    latents = torch.randn((16, 3, 2, 18), generator=torch.Generator().manual_seed(1))
 
-    def frames(**profile: Any) -> list[np.ndarray]:
-        (clip,) = tiny_pipeline(parts, **profile).decode(denoised)
-        return list(clip.frames)
+    def frames(**changes: Any) -> list[np.ndarray]:
+        profile = tiny_pipeline(parts, **changes).profile
+        residency = Residency(parts.modules, profile)
+        decoder = ClipDecoder(parts.vae, parts.audio_vae, parts.vocoder, residency)
+        return [part.astype(int) for part in decoder.frames(latents, profile)]
 
     (whole,) = frames()
     chunks = frames(vae_batch_pixels=64 * 576)
     assert len(chunks) > 1
-    assert np.abs(np.concatenate(chunks).astype(int) - whole).max() <= 1
-    tiles = np.concatenate(frames(vae_tile_pixels=64 * 512)).astype(int)
+    assert np.abs(np.concatenate(chunks) - whole).max() <= 1
+    tiles = np.concatenate(frames(vae_tile_pixels=64 * 512))
     assert tiles.shape == whole.shape == (17, 64, 576, 3)
     difference = np.abs(tiles - whole)
     seam = difference[:, :, 160:416]  # The overlap is 256 to 320; convolutions reach further.
@@ -123,7 +127,7 @@ def test_the_schedule_is_shifted_by_the_tokens_of_the_clip(parts: LTX2Components
     def latents(schedule: FlowMatchConfig) -> torch.Tensor:
         pipeline = tiny_pipeline(replace(parts, schedule=schedule))
         one = request(pipeline, num_inference_steps=3, **UNGUIDED)
-        return denoise(pipeline, one).latents.video
+        return denoise_one(pipeline, one).video
 
     def fixed(num_tokens: int) -> FlowMatchConfig:
         return FlowMatchConfig(shift=math.exp(config.mu(num_tokens)), shift_terminal=0.1)
@@ -139,47 +143,50 @@ def test_stg_leaves_out_self_attention_whatever_the_config_says(parts: LTX2Compo
     transformer.load_state_dict(parts.transformer.state_dict())
     pipelines = [tiny_pipeline(parts), tiny_pipeline(replace(parts, transformer=transformer))]
     values = {**UNGUIDED, "num_inference_steps": 2, "stg_scale": 1.0, "stg_blocks": (0, 2)}
-    with_stg, same = (denoise(one, request(one, **values)).latents.video for one in pipelines)
-    without = denoise(pipelines[0], request(pipelines[0], **{**values, "stg_scale": 0.0}))
-    other_block = denoise(pipelines[0], request(pipelines[0], **{**values, "stg_blocks": (1,)}))
+    with_stg, same = (denoise_one(one, request(one, **values)).video for one in pipelines)
+    without = denoise_one(pipelines[0], request(pipelines[0], **{**values, "stg_scale": 0.0}))
+    other_block = denoise_one(pipelines[0], request(pipelines[0], **{**values, "stg_blocks": (1,)}))
     assert torch.equal(with_stg, same)
-    assert relative_error(with_stg, without.latents.video) > 1e-2
-    assert relative_error(with_stg, other_block.latents.video) > 1e-2
+    assert relative_error(with_stg, without.video) > 1e-2
+    assert relative_error(with_stg, other_block.video) > 1e-2
 
 
 def test_distilled_runs_8_steps_and_3_in_a_second_stage(parts: LTX2Components) -> None:
     parts = replace(parts, refine_transformer=None)
-    for mode, num_evaluations in (("distilled", 8), ("distilled_two_stage", 11)):
-        pipeline = tiny_pipeline(parts, mode)
-        calls = count_rows(parts, lambda p=pipeline: denoise(p, request(p, **TWICE)))
-        assert calls == [1] * num_evaluations
-        assert pipeline.num_evaluations(request(pipeline, **TWICE)) == num_evaluations
+    pipeline = tiny_pipeline(parts)
+    modes: dict[VideoMode, int] = {"distilled": 8, "distilled_two_stage": 11}
+    for mode, nfe in modes.items():
+        one = request(pipeline, mode, **TWICE)
+        assert row_guidance(one).passes == ("positive",)
+        assert count_rows(parts, lambda one=one: denoise(pipeline, one)) == [1] * nfe
+        assert num_evaluations(one) == nfe
 
 
 def test_two_stages_keep_the_first_sound_unless_distilled(parts: LTX2Components) -> None:
+    pipeline = tiny_pipeline(parts)
+
+    def sound(mode: VideoMode, **values: Any) -> torch.Tensor:
+        return denoise_one(pipeline, request(pipeline, mode, **values)).audio
+
     values = {**UNGUIDED, "num_inference_steps": 3}
-    half, both = tiny_pipeline(parts), tiny_pipeline(parts, "two_stage")
-    first = denoise(half, request(half, **values)).latents.audio
-    assert torch.equal(denoise(both, request(both, **{**values, **TWICE})).latents.audio, first)
-    half, both = tiny_pipeline(parts, "distilled"), tiny_pipeline(parts, "distilled_two_stage")
-    first = denoise(half, request(half)).latents.audio
-    assert relative_error(denoise(both, request(both, **TWICE)).latents.audio, first) > 0.1
+    assert torch.equal(sound("two_stage", **{**values, **TWICE}), sound("one_stage", **values))
+    assert relative_error(sound("distilled_two_stage", **TWICE), sound("distilled")) > 0.1
 
 
 @pytest.mark.parametrize("mode", ["one_stage", "two_stage"])
 def test_a_given_first_frame_stays_clean_at_the_size_of_the_clip(
-    parts: LTX2Components, init_image: str, mode: Any
+    parts: LTX2Components, init_image: str, mode: VideoMode
 ) -> None:
-    pipeline, vae = tiny_pipeline(parts, mode), parts.vae
+    pipeline, vae = tiny_pipeline(parts), parts.vae
     assert vae is not None
-    given = request(pipeline, init_image=init_image, num_inference_steps=3, **TWICE)
-    free = request(pipeline, num_inference_steps=3, **TWICE)
-    latents = denoise(pipeline, given, free).latents.video
+    given = request(pipeline, mode, init_image=init_image, num_inference_steps=3, **TWICE)
+    free = request(pipeline, mode, num_inference_steps=3, **TWICE)
+    with_frame, without = (row.video for row in denoise(pipeline, given, free).latents)
     pixels = fit_first_frame(read_first_frame(init_image), 128, 192)
-    expected = vae.normalize(vae.encode(pixels).mean)
-    torch.testing.assert_close(latents[:1, :, :1], expected, rtol=1e-5, atol=1e-5)
-    assert relative_error(latents[1:, :, :1], expected) > 0.1
-    assert relative_error(latents[:1, :, 1:], latents[1:, :, 1:]) > 1e-3
+    expected = vae.normalize(vae.encode(pixels).mean)[0]
+    torch.testing.assert_close(with_frame[:, :1], expected, rtol=1e-5, atol=1e-5)
+    assert relative_error(without[:, :1], expected) > 0.1
+    assert relative_error(with_frame[:, 1:], without[:, 1:]) > 1e-3
 
 
 def test_latents_are_float32_between_the_steps_of_a_bfloat16_model(parts: LTX2Components) -> None:
@@ -192,8 +199,8 @@ def test_latents_are_float32_between_the_steps_of_a_bfloat16_model(parts: LTX2Co
         for model in (parts.transformer, transformer.bfloat16())
     )
     values = {**UNGUIDED, "num_inference_steps": 4}
-    expected = denoise(whole, request(whole, **values)).latents.video
-    latents = denoise(half, request(half, **values)).latents.video
+    expected = denoise_one(whole, request(whole, **values)).video
+    latents = denoise_one(half, request(half, **values)).video
     assert latents.dtype == torch.float32
     assert not torch.equal(latents, latents.bfloat16().float())
     assert relative_error(latents, expected) < 0.05
@@ -212,12 +219,11 @@ def test_rows_of_a_mixed_batch_get_what_they_get_alone_and_run_no_pass_too_many(
         request(pipeline, seed=3, num_inference_steps=1, **{**UNGUIDED, "guidance_scale": 4.0}),
     ]
     assert count_rows(parts, lambda: denoise(pipeline, *rows)) == [4 + 1 + 2, 4 + 1, 1]
-    together = denoise(pipeline, *rows)
-    assert together.num_evaluations == (8, 3, 2)
-    for row, one in enumerate(rows):
-        alone = denoise(pipeline, one).latents
-        assert relative_error(together.latents.video[row], alone.video[0]) <= 1e-5
-        assert relative_error(together.latents.audio[row], alone.audio[0]) <= 1e-5
+    assert [num_evaluations(one) for one in rows] == [8, 3, 2]
+    for one, together in zip(rows, denoise(pipeline, *rows).latents, strict=True):
+        alone = denoise_one(pipeline, one)
+        assert relative_error(together.video, alone.video) <= 1e-5
+        assert relative_error(together.audio, alone.audio) <= 1e-5
 
 
 def test_stages_apart_give_what_they_give_together(parts: LTX2Components) -> None:
@@ -230,14 +236,14 @@ def test_stages_apart_give_what_they_give_together(parts: LTX2Components) -> Non
     texts = ["a red cat", "blue"]
     encoded = dict(zip(texts, encoder.encode_texts(texts), strict=True))
     assert encoded["blue"].embeds.shape[0] < encoded["a red cat"].embeds.shape[0] < 32
-    apart = renderer.denoise([one], renderer.gather([one], encoded))
-    assert torch.equal(apart.latents.video, denoise(whole, one).latents.video)
+    (apart,) = renderer.denoise_rows([one], renderer.gather([one], encoded)).latents
+    assert torch.equal(apart.video, denoise_one(whole, one).video)
     with pytest.raises(RowError, match='the embeddings of "blue" did not come with its row'):
         renderer.gather([one], {"a red cat": encoded["a red cat"]})
     with pytest.raises(ConfigError, match="encode: this pipeline has only transformer"):
         renderer.encode([one])
     with pytest.raises(ConfigError, match="denoise: this pipeline has only text_encoder"):
-        request(encoder)
+        denoise(encoder, one)
 
 
 def test_a_prompt_that_is_cut_is_said_so(parts: LTX2Components) -> None:
@@ -252,37 +258,41 @@ def test_a_row_that_is_not_finite_costs_the_others_nothing(parts: LTX2Components
     pipeline = tiny_pipeline(parts)
     bad = request(pipeline, num_inference_steps=2, guidance_scale=1e38, guidance_rescale=0.0)
     good = request(pipeline, num_inference_steps=2, **UNGUIDED)
-    first, second = pipeline.render([bad, good])
-    assert first.error is not None
-    assert "NaN in latents after step" in first.error
-    assert list(first.frames) == []
-    assert second.error is None
+    clips = pipeline.render([bad, good])
+    assert clips.errors[0] is not None
+    assert "NaN in latents after step" in clips.errors[0]
+    assert clips.pixels[0].shape == (0, 64, 96, 3)
+    assert clips.audio[0] is None
+    assert clips.errors[1] is None
+    assert clips.pixels[1].shape == (9, 64, 96, 3)
+    assert clips.audio[1] is not None
 
 
-def test_frames_that_are_not_finite_raise_where_they_are(parts: LTX2Components) -> None:
-    latents = torch.zeros(1, 16, 2, 2, 3)
+def test_frames_that_are_not_finite_are_an_error_that_says_where(parts: LTX2Components) -> None:
+    latents = torch.zeros(16, 2, 2, 3)
     latents[..., 0, 0] = math.nan
-    sound = torch.zeros(1, 2, 16)
-    denoised = DenoisedClips(ClipLatents(latents, sound), errors=(None,), num_evaluations=(1,))
-    (clip,) = tiny_pipeline(parts).decode(denoised)
-    with pytest.raises(RowError, match="the VAE made NaN or infinity of good latents, from frame"):
-        list(clip.frames)
+    clips = tiny_pipeline(parts).decode_rows([ClipLatents(latents, torch.zeros(2, 16))])
+    assert clips.errors[0] is not None
+    assert "the VAE made NaN or infinity of good latents, from frame 0" in clips.errors[0]
+    assert clips.audio == [None]
 
 
 def test_a_batch_has_one_shape(parts: LTX2Components) -> None:
     pipeline = tiny_pipeline(parts)
     rows = [request(pipeline), request(pipeline, frame_rate=12.0)]
-    assert pipeline.batch_shape(rows[0]) != pipeline.batch_shape(rows[1])
+    assert batch_key(rows[0]) != batch_key(rows[1])
     with pytest.raises(ValueError, match="a batch has one shape"):
         denoise(pipeline, *rows)
-    assert pipeline.max_batch_size(rows[0]) == 16384 // 12
+    modes: tuple[VideoMode, ...] = ("one_stage", "two_stage")
+    with pytest.raises(ValueError, match="a batch has one shape"):
+        denoise(pipeline, *(request(pipeline, mode, **TWICE) for mode in modes))
 
 
 def test_two_stages_need_an_upsampler(parts: LTX2Components) -> None:
-    with pytest.raises(
-        ConfigError, match=r"ltx2\.mode is two_stage; that needs a latent upsampler"
-    ):
-        tiny_pipeline(replace(parts, latent_upsampler=None), "two_stage")
+    two_stages = request(tiny_pipeline(parts), "two_stage", num_inference_steps=1, **TWICE)
+    pipeline = tiny_pipeline(replace(parts, latent_upsampler=None))
+    with pytest.raises(ConfigError, match="denoise: this pipeline has only transformer, "):
+        denoise(pipeline, two_stages)
 
 
 def test_an_image_of_another_aspect_is_cropped_not_stretched(tmp_path: Path) -> None:
