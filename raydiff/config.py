@@ -4,12 +4,14 @@ and output."""
 
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
+from urllib.parse import SplitResult, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raydiff.errors import ConfigError, nearest
+from raydiff.video_codecs import CodecName, VideoFormat, codec_problem
 from raydiff.video_settings import TextBackend, VideoMode
 
 ProfileName = Literal["full_gpu", "balanced", "gpu_poor", "extreme", "cpu_only"]
@@ -56,6 +58,71 @@ class LTX2Config(Section):
     """Where `raydiff encode-server` answers, e.g. http://encoder:8080."""
     encoder_hosts: tuple[str, ...] = ()
     """Hosts that may be asked; there is none unless it is named here."""
+
+    @model_validator(mode="after")
+    def _has_what_its_encoder_needs(self) -> Self:
+        options = {"embeds": "precomputed", "encoder_url": "api", "encoder_hosts": "api"}
+        for name, backend in options.items():
+            if getattr(self, name) and self.text_encoder != backend:
+                raise ValueError(
+                    f"{name} is given, and text_encoder is {self.text_encoder}; it is an option of "
+                    f"{backend}. Leave it out, or set ltx2.text_encoder={backend}"
+                )
+        if self.text_encoder == "precomputed" and not self.embeds:
+            raise ValueError(
+                "text_encoder is precomputed, and no folder is named. Set ltx2.embeds to one that "
+                "`raydiff encode` wrote"
+            )
+        if self.text_encoder == "api":
+            encoder_address(self)
+        return self
+
+
+class EncoderAddress(NamedTuple):
+    """Where an encoder service answers."""
+
+    is_https: bool
+    host: str
+    port: int
+    path: str
+    """Before its own paths, without `/` at its end."""
+
+
+def encoder_address(config: LTX2Config) -> EncoderAddress:
+    """Return the address that `encoder_url` says. Raises ValueError unless its host is allowed."""
+    if not config.encoder_url:
+        raise ValueError(
+            "text_encoder is api, and no service is named. Set ltx2.encoder_url, e.g. "
+            "http://encoder:8080, and its host in ltx2.encoder_hosts"
+        )
+    # What stands before an @ may be a password: it is never shown.
+    shown = config.encoder_url.rsplit("@", 1)[-1]
+    try:
+        url = urlsplit(config.encoder_url)
+        port = url.port
+    except ValueError as error:
+        raise ValueError(f"encoder_url {shown!r}: {error}. Write http://host:port") from None
+    _check_encoder_url(url, shown)
+    host = str(url.hostname)
+    if host not in {allowed.lower() for allowed in config.encoder_hosts}:
+        raise ValueError(
+            f"encoder_url {shown}: the prompts would be sent to {host}, which encoder_hosts does "
+            f"not allow. If that is meant, set ltx2.encoder_hosts=[{host}]"
+        )
+    is_https = url.scheme == "https"
+    return EncoderAddress(is_https, host, port or (443 if is_https else 80), url.path.rstrip("/"))
+
+
+def _check_encoder_url(url: SplitResult, shown: str) -> None:
+    if "@" in url.netloc:
+        raise ValueError(
+            f"encoder_url ...@{shown}: it has a name or password in it, which logs would show. Set "
+            "the service's token in the environment, RAYDIFF_ENCODER_TOKEN"
+        )
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(f"encoder_url {shown!r}: expected http:// or https://, a host and a port")
+    if url.query or url.fragment:
+        raise ValueError(f"encoder_url {shown}: it has a query or a fragment. Leave it out")
 
 
 class DefaultsConfig(Section):
@@ -139,7 +206,7 @@ class OutputConfig(Section):
     """Files and metadata."""
 
     format: Literal["files", "webdataset"] = "files"
-    """A file for each image, or tar shards of many."""
+    """A file for each image or clip, or tar shards of many."""
     shard_rows: int = Field(1000, ge=1)
     """Samples of a shard."""
     shard_s: float = Field(600.0, gt=0)
@@ -149,12 +216,37 @@ class OutputConfig(Section):
     """JPEG and WebP quality."""
     png_compression: int = Field(3, ge=0, le=9)
     """zlib level: higher is smaller and slower."""
+    video: VideoFormat = "mp4"
+    """A clip with sound (mp4, webm), one without (gif), or a folder of PNG files (frames)."""
+    codec: CodecName | None = None
+    """h264, hevc or av1 in an mp4; vp9 or av1 in a webm. None takes the first of them."""
+    crf: int | None = None
+    """Lower is better and larger. None takes the codec's default."""
+    preset: str | None = Field(None, coerce_numbers_to_str=True)
+    """The encoder's own name for its speed. None takes the codec's default."""
+    wav: bool = False
+    """Write a clip's sound to a WAV file beside it as well."""
+    video_threads: int = Field(4, ge=1, le=64)
+    """Encoder threads of one clip. They are part of what makes the bytes, so that the machine's
+    number of cores is not."""
     strip_metadata: bool = False
-    """Leave the request out of the image file."""
+    """Leave the request out of the file."""
     commit_s: float = Field(2.0, gt=0)
     """Longest time that a finished row waits for its metadata to be committed."""
     commit_rows: int = Field(5000, ge=1)
     """Most finished rows in one metadata part."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        problem = codec_problem(self.video, self.codec, self.crf, self.preset)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.video == "frames" and self.format == "webdataset":
+            raise ValueError(
+                "video is frames, a folder for each clip; a tar of output.format webdataset holds "
+                "a file for each. Use output.video mp4, webm or gif, or output.format files."
+            )
+        return self
 
 
 SweepValue = bool | int | float | str | None

@@ -18,19 +18,18 @@ from raydiff.output.media import encode_image
 from raydiff.output.media_files import MediaError
 from raydiff.output.media_store import MediaStore
 from raydiff.output.storage import Storage, open_storage
-from raydiff.output.video_config import VideoConfig
 
 INDEX_NAME = "frames.json"
 
 
 def write_frames(
-    store: MediaStore, folder: str, frames: Iterator[Frame], clip: Clip, config: VideoConfig
+    store: MediaStore, folder: str, frames: Iterator[Frame], clip: Clip, config: OutputConfig
 ) -> bytes:
     """Write `folder`/00000.png and so on, and return the index, which is yet to be written.
 
     Raises DiskError.
     """
-    image = OutputConfig(image="png", png_compression=config.png_compression)
+    image = config.model_copy(update={"image": "png"})
 
     def write(index: int, frame: Frame) -> dict[str, Any]:
         data = encode_image(frame, config=image, metadata=None)
@@ -41,10 +40,10 @@ def write_frames(
 
     entries: list[dict[str, Any]] = []
     waiting: deque[Future[dict[str, Any]]] = deque()
-    with ThreadPoolExecutor(config.threads) as pool:
+    with ThreadPoolExecutor(config.video_threads) as pool:
         try:
             for index, frame in enumerate(frames):
-                if len(waiting) > config.threads:
+                if len(waiting) > config.video_threads:
                     entries.append(waiting.popleft().result())
                 waiting.append(pool.submit(write, index, frame))
             entries.extend(one.result() for one in waiting)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from raydiff.errors import DiskError
@@ -23,6 +24,21 @@ REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.(?P<host>[\w-]*)\.(?P<pid>\d+)\.[0-9a-f]{8}-\d+\.tmp")
 STALE_S = 3600.0
 """Age at which a temporary file of another host, whose processes cannot be seen, is stale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenFile:
+    """An image or clip in place; each field is one of RenderResult."""
+
+    file_name: str
+    """Relative to the output folder, `/` separated; of a folder of frames its index."""
+    sha256: str
+    size_bytes: int
+    duration_s: float | None = None
+    audio_sample_rate: int | None = None
+    """Of the sound that was made; None for a silent clip."""
+    write_s: float
+    """Seconds spent on encoding and writing."""
 
 
 class MediaStore:
@@ -116,6 +132,11 @@ def media_path(media_dir: str, request_id: str) -> str:
     if not REQUEST_ID.fullmatch(request_id):
         raise DiskError(f"request_id is {request_id!r}; a file name needs 32 hex digits")
     return f"{media_dir}/{request_id[:2]}/{request_id}"
+
+
+def wav_name(request_id: str) -> str:
+    """Return `videos/ab/<request_id>.wav`, the sound beside a clip."""
+    return f"{media_path(VIDEOS_DIR, request_id)}.wav"
 
 
 def remove_stale_files(out_dir: str | Path) -> int:

@@ -4,7 +4,7 @@ of frames."""
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,53 +12,42 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from raydiff.config import OutputConfig
 from raydiff.errors import RowError
 from raydiff.output.atomic import REMEDIES
 from raydiff.output.audio import fit_audio
 from raydiff.output.clip import Clip, Frame, iterate_frames
+from raydiff.output.encoders import check_encoders
 from raydiff.output.frame_folder import INDEX_NAME, write_frames
 from raydiff.output.gif import MAX_FRAME_RATE, encode_gif
-from raydiff.output.media_store import VIDEOS_DIR, MediaStore, media_path
+from raydiff.output.media_store import (
+    VIDEOS_DIR,
+    MediaStore,
+    WrittenFile,
+    media_path,
+    wav_name,
+)
 from raydiff.output.storage import Storage
-from raydiff.output.video_config import VideoConfig, check_encoders
 from raydiff.output.video_encoder import encode_video
 from raydiff.output.wav import encode_wav
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WrittenVideo:
-    """A video in place. Names are relative to the output folder, `/` separated."""
-
-    file_name: str
-    """The video; for a folder of frames its index."""
-    sha256: str
-    size_bytes: int
-    """Of the file that `file_name` names."""
-    wav_name: str | None
-    num_frames: int
-    frame_rate: float
-    duration_s: float
-    audio_sample_rate: int | None
-    """Of the sound that was made; None for a silent clip."""
-    write_s: float
-    """Seconds spent on encoding and writing, without those spent waiting for frames."""
-
-
 class VideoWriter:
     """Encodes and writes clips; any number of threads and processes may write at once, the same
     clip too. Raises ConfigError if an encoder is missing."""
 
-    def __init__(self, out: str | Path | Storage, config: VideoConfig) -> None:
+    def __init__(self, out: str | Path | Storage, config: OutputConfig) -> None:
         check_encoders(config)
         self._store = MediaStore(out, VIDEOS_DIR)
         self._config = config
 
-    def save(self, clip: Clip, chunks: Iterable[NDArray[np.uint8]]) -> WrittenVideo:
+    def save(self, clip: Clip, chunks: Iterable[NDArray[np.uint8]]) -> WrittenFile:
         """Write a clip from chunks of its frames, each uint8 (F, H, W, 3).
 
-        A chunk is asked for once the one before it is encoded. Raises RowError for a clip that
+        A chunk is asked for once the one before it is encoded; waiting for one does not count as
+        writing. Raises RowError for a clip that
         the format cannot hold, ValueError for frames that are not the clip's, DiskError, and
         whatever `chunks` raises; then there is no video, though frames of a folder may be left.
         """
@@ -68,15 +57,12 @@ class VideoWriter:
         started = time.perf_counter()
         waits: list[float] = []
         frames = iterate_frames(_timed(chunks, waits), clip)
-        wav_name = self._save_wav(clip)
+        self._save_wav(clip)
         file_name, sha256, size_bytes = self._save_frames(clip, frames)
-        return WrittenVideo(
+        return WrittenFile(
             file_name=file_name,
             sha256=sha256,
             size_bytes=size_bytes,
-            wav_name=wav_name,
-            num_frames=clip.num_frames,
-            frame_rate=float(clip.frame_rate),
             duration_s=clip.duration_s,
             audio_sample_rate=None if clip.audio is None else clip.audio.sample_rate,
             write_s=time.perf_counter() - started - sum(waits),
@@ -109,16 +95,13 @@ class VideoWriter:
                 "Choose another size, output.codec or output.video."
             ) from error
 
-    def _save_wav(self, clip: Clip) -> str | None:
-        if clip.audio is None or not self._config.wav:
-            return None
-        name = f"{media_path(VIDEOS_DIR, clip.request_id)}.wav"
-        audio = fit_audio(clip.audio, clip.num_frames, clip.frame_rate)
-        self._store.put(name, clip.request_id, encode_wav(audio))
-        return name
+    def _save_wav(self, clip: Clip) -> None:
+        if clip.audio is not None and self._config.wav:
+            audio = fit_audio(clip.audio, clip.num_frames, clip.frame_rate)
+            self._store.put(wav_name(clip.request_id), clip.request_id, encode_wav(audio))
 
 
-def video_name(request_id: str, config: VideoConfig) -> str:
+def video_name(request_id: str, config: OutputConfig) -> str:
     """Return `videos/ab/<request_id>.mp4`, or the index in the folder of that name.
 
     Raises DiskError for anything but 32 hex digits.
@@ -127,7 +110,7 @@ def video_name(request_id: str, config: VideoConfig) -> str:
     return f"{path}/{INDEX_NAME}" if config.video == "frames" else f"{path}.{config.video}"
 
 
-def check_clip(clip: Clip, config: VideoConfig) -> None:
+def check_clip(clip: Clip, config: OutputConfig) -> None:
     """Raise RowError if the configured format cannot hold a clip."""
     if clip.num_frames < 1 or clip.frame_rate <= 0:
         raise RowError(

@@ -22,16 +22,12 @@ from av.video.reformatter import (
     VideoReformatter,
 )
 
+from raydiff.config import OutputConfig
 from raydiff.output.audio import Audio, fit_audio
 from raydiff.output.clip import Clip, Frame
+from raydiff.output.encoders import choose_codec, encoder_options
 from raydiff.output.media import metadata_json
-from raydiff.output.video_config import (
-    CODECS,
-    SOUND_ENCODERS,
-    VideoConfig,
-    choose_codec,
-    encoder_options,
-)
+from raydiff.video_codecs import CODECS, SOUND_ENCODERS
 
 PIXEL_FORMAT = "yuv420p"
 AUDIO_BIT_RATE = 192_000
@@ -48,7 +44,7 @@ SCALING = (
 """The conversion to YUV is the same on every CPU."""
 
 
-def encode_video(path: Path, frames: Iterator[Frame], clip: Clip, config: VideoConfig) -> None:
+def encode_video(path: Path, frames: Iterator[Frame], clip: Clip, config: OutputConfig) -> None:
     """Write the frames of `clip` and its sound to `path`. Raises av.FFmpegError."""
     if choose_codec(config) == "av1":
         os.environ.setdefault("SVT_LOG", "1")  # Errors only: SVT-AV1 writes to stderr.
@@ -73,7 +69,7 @@ def encode_video(path: Path, frames: Iterator[Frame], clip: Clip, config: VideoC
             sound.finish()
 
 
-def _container_options(clip: Clip, config: VideoConfig) -> dict[str, str]:
+def _container_options(clip: Clip, config: OutputConfig) -> dict[str, str]:
     options = {"fflags": "+bitexact"}
     if config.video == "mp4":
         # The beginning of a faststart file says where everything is, so that it plays as it loads.
@@ -86,7 +82,7 @@ def _container_options(clip: Clip, config: VideoConfig) -> dict[str, str]:
     return options
 
 
-def _add_picture(container: Any, clip: Clip, config: VideoConfig) -> Any:
+def _add_picture(container: Any, clip: Clip, config: OutputConfig) -> Any:
     name = choose_codec(config)
     stream = container.add_stream(
         CODECS[name].encoder,
@@ -97,7 +93,7 @@ def _add_picture(container: Any, clip: Clip, config: VideoConfig) -> Any:
         pix_fmt=PIXEL_FORMAT,
         time_base=1 / clip.frame_rate,
     )
-    stream.thread_count = config.threads
+    stream.thread_count = config.video_threads
     stream.codec_context.flags |= Flags.bitexact
     stream.color_range = ColorRange.MPEG
     stream.color_primaries = ColorPrimaries.BT709
@@ -125,7 +121,7 @@ def _to_yuv(to_yuv: VideoReformatter, frame: Frame, index: int, rate: Fraction) 
 class _Sound:
     """The sound of a clip, encoded beside its frames so that the file plays as it loads."""
 
-    def __init__(self, container: Any, audio: Audio, config: VideoConfig) -> None:
+    def __init__(self, container: Any, audio: Audio, config: OutputConfig) -> None:
         encoder = SOUND_ENCODERS[config.video]
         rate = OPUS_RATE if encoder == "libopus" else audio.sample_rate
         self._container = container

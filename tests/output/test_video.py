@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raydiff.config import OutputConfig, load_config
 from raydiff.errors import ConfigError, DiskError, OutOfMemoryError, RowError
 from raydiff.output.audio import Audio, fit_audio
 from raydiff.output.clip import Clip, exact_rate
 from raydiff.output.frame_folder import check_frames, read_frames_index
 from raydiff.output.frames import read_frames
 from raydiff.output.media_files import MediaError
-from raydiff.output.media_store import remove_stale_files
+from raydiff.output.media_store import WrittenFile, remove_stale_files, wav_name
 from raydiff.output.storage import open_storage
-from raydiff.output.video import VideoConfig, VideoWriter, WrittenVideo
+from raydiff.output.video import VideoWriter
 from raydiff.output.video_info import VideoInfo, read_video_info
 from raydiff.output.wav import encode_wav, read_wav
 from tests.s3_server import FaultyS3
@@ -37,15 +38,15 @@ NTSC = Fraction(24000, 1001)
 METADATA = {"prompt": 'a \x00 b\nc "quoted" \\ 山 é 🏔️', "seed": 2**63 - 1, "guidance_scale": 4.5}
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (90, 120, 200))
 CODECS = [
-    VideoConfig(codec="h264"),
-    VideoConfig(codec="hevc"),
-    VideoConfig(codec="av1"),
-    VideoConfig(video="webm", codec="vp9"),
-    VideoConfig(video="webm", codec="av1"),
+    OutputConfig(codec="h264"),
+    OutputConfig(codec="hevc"),
+    OutputConfig(codec="av1"),
+    OutputConfig(video="webm", codec="vp9"),
+    OutputConfig(video="webm", codec="av1"),
 ]
 
 
-def name_of(config: VideoConfig) -> str:
+def name_of(config: OutputConfig) -> str:
     return f"{config.codec or config.video}-{config.video}"
 
 
@@ -79,7 +80,7 @@ def make_clip(num_frames: int, frame_rate: Fraction = NTSC, **changes: object) -
     return Clip(**{**values, **changes})
 
 
-def save(out: Path, config: VideoConfig, clip: Clip, chunk: int = 4) -> WrittenVideo:
+def save(out: Path, config: OutputConfig, clip: Clip, chunk: int = 4) -> WrittenFile:
     frames = make_frames(clip.num_frames, clip.height, clip.width)
     starts = range(0, len(frames), chunk)
     return VideoWriter(out, config).save(clip, (frames[at : at + chunk] for at in starts))
@@ -115,7 +116,7 @@ def test_what_was_asked_comes_back(config, sample_rate, tmp_path):
     data = path.read_bytes()
     assert written.file_name == f"videos/ab/{REQUEST_ID}.{config.video}"
     assert (written.sha256, written.size_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
-    assert (written.num_frames, written.audio_sample_rate) == (17, sample_rate)
+    assert written.audio_sample_rate == sample_rate
     assert written.duration_s == pytest.approx(17 * 1001 / 24000, abs=1e-9)
     info = info_of(path)
     assert (info.num_frames, info.height, info.width) == (17, HEIGHT, WIDTH)
@@ -139,7 +140,7 @@ def test_what_was_asked_comes_back(config, sample_rate, tmp_path):
 )
 def test_the_sound_begins_with_the_frames(video, sample_rate, tmp_path):
     audio = make_audio(1.0, sample_rate)
-    written = save(tmp_path, VideoConfig(video=video), make_clip(24, Fraction(24), audio=audio))
+    written = save(tmp_path, OutputConfig(video=video), make_clip(24, Fraction(24), audio=audio))
     found = sound_of(tmp_path / written.file_name)
     inner = slice(2000, sample_rate - 2000)
     assert np.abs(found[:, inner] - audio.samples[:, inner]).mean() < 0.02
@@ -148,7 +149,7 @@ def test_the_sound_begins_with_the_frames(video, sample_rate, tmp_path):
 def test_sound_at_another_rate_begins_with_the_frames_in_a_webm(tmp_path):
     audio = make_audio(1.0, 24_000)
     clip = make_clip(24, Fraction(24), audio=audio)
-    written = save(tmp_path, VideoConfig(video="webm"), clip)
+    written = save(tmp_path, OutputConfig(video="webm"), clip)
     found = sound_of(tmp_path / written.file_name)
     assert found.shape == (2, 48_000)
     inner = slice(2000, 22_000)
@@ -159,7 +160,7 @@ def test_sound_at_another_rate_begins_with_the_frames_in_a_webm(tmp_path):
 @pytest.mark.parametrize("num_frames", [1, 2, 9])
 def test_any_length_and_rate_is_exact(rate, num_frames, tmp_path):
     rate = exact_rate(rate)
-    for config in (VideoConfig(), VideoConfig(codec="hevc"), VideoConfig(video="webm")):
+    for config in (OutputConfig(), OutputConfig(codec="hevc"), OutputConfig(video="webm")):
         clip = make_clip(num_frames, rate, audio=make_audio(num_frames / rate, 48_000))
         written = save(tmp_path, config, clip)
         info = info_of(tmp_path / written.file_name)
@@ -183,10 +184,10 @@ def test_frame_rates_are_the_ones_meant():
 def test_sound_is_cut_or_padded_to_the_clip(made_s, num_channels, tmp_path):
     audio = make_audio(made_s, 24_000, num_channels)
     clip = make_clip(24, Fraction(24), audio=audio)
-    written = save(tmp_path, VideoConfig(wav=True), clip)
+    written = save(tmp_path, OutputConfig(wav=True), clip)
     assert info_of(tmp_path / written.file_name).audio_duration_s == 1.0
-    assert written.wav_name == f"videos/ab/{REQUEST_ID}.wav"
-    with (tmp_path / written.wav_name).open("rb") as file:
+    assert wav_name(REQUEST_ID) == f"videos/ab/{REQUEST_ID}.wav"
+    with (tmp_path / wav_name(REQUEST_ID)).open("rb") as file:
         wav = read_wav(file)
     assert (wav.sample_rate, wav.samples.shape) == (24_000, (num_channels, 24_000))
     num_same = min(24_000, audio.samples.shape[1])
@@ -197,14 +198,15 @@ def test_sound_is_cut_or_padded_to_the_clip(made_s, num_channels, tmp_path):
 
 
 def test_a_silent_clip_has_no_sound(tmp_path):
-    written = save(tmp_path, VideoConfig(wav=True), make_clip(3))
+    written = save(tmp_path, OutputConfig(wav=True), make_clip(3))
     info = info_of(tmp_path / written.file_name)
     assert (info.audio_codec, info.audio_sample_rate, info.audio_duration_s) == (None, None, None)
-    assert (written.wav_name, written.audio_sample_rate) == (None, None)
+    assert written.audio_sample_rate is None
+    assert files_under(tmp_path) == [written.file_name]
 
 
 def test_an_mp4_says_where_everything_is_before_its_frames(tmp_path):
-    data = (tmp_path / save(tmp_path, VideoConfig(), make_clip(9)).file_name).read_bytes()
+    data = (tmp_path / save(tmp_path, OutputConfig(), make_clip(9)).file_name).read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
     hevc = (tmp_path / save(tmp_path, CODECS[1], make_clip(9)).file_name).read_bytes()
     assert b"hvc1" in hevc
@@ -212,7 +214,7 @@ def test_an_mp4_says_where_everything_is_before_its_frames(tmp_path):
 
 def test_a_gif_keeps_its_frames_and_times(tmp_path):
     clip = make_clip(24, Fraction(24), height=63, width=97, audio=make_audio(1.0, 24_000))
-    path = tmp_path / save(tmp_path, VideoConfig(video="gif"), clip).file_name
+    path = tmp_path / save(tmp_path, OutputConfig(video="gif"), clip).file_name
     info = info_of(path)
     assert (info.num_frames, info.height, info.width, info.video_codec) == (24, 63, 97, "gif")
     assert info.duration_s == pytest.approx(1.0, abs=0.011)
@@ -227,13 +229,13 @@ def test_a_gif_keeps_its_frames_and_times(tmp_path):
 
 
 def test_a_gif_without_a_request_or_of_one_frame_is_whole(tmp_path):
-    config = VideoConfig(video="gif", strip_metadata=True)
+    config = OutputConfig(video="gif", strip_metadata=True)
     info = info_of(tmp_path / save(tmp_path, config, make_clip(1)).file_name)
     assert (info.num_frames, info.metadata) == (1, None)
 
 
 def test_frames_are_exact_and_listed(tmp_path):
-    config = VideoConfig(video="frames", wav=True)
+    config = OutputConfig(video="frames", wav=True)
     clip = make_clip(9, height=33, width=17, audio=make_audio(0.3, 48_000))
     written = save(tmp_path, config, clip)
     folder = f"videos/ab/{REQUEST_ID}"
@@ -261,7 +263,7 @@ def test_frames_are_exact_and_listed(tmp_path):
 
 
 NOT_FINITE = Audio(samples=np.full((2, 9), np.nan, np.float32), sample_rate=24_000)
-EVERY_FORMAT = [*CODECS, VideoConfig(video="gif"), VideoConfig(video="frames")]
+EVERY_FORMAT = [*CODECS, OutputConfig(video="gif"), OutputConfig(video="frames")]
 
 
 def test_equal_clips_give_equal_bytes(tmp_path):
@@ -284,7 +286,7 @@ def test_equal_clips_give_equal_bytes(tmp_path):
     assert done.stderr == b""
 
 
-def made(folder: Path) -> list[VideoConfig]:
+def made(folder: Path) -> list[OutputConfig]:
     folder.mkdir()
     return EVERY_FORMAT
 
@@ -292,7 +294,7 @@ def made(folder: Path) -> list[VideoConfig]:
 @pytest.mark.parametrize("config", EVERY_FORMAT, ids=name_of)
 def test_a_stripped_file_holds_nothing_of_the_request(config, tmp_path):
     clip = make_clip(2, metadata={"prompt": "SECRET"})
-    written = save(tmp_path, replace(config, strip_metadata=True), clip)
+    written = save(tmp_path, config.model_copy(update={"strip_metadata": True}), clip)
     assert b"SECRET" not in (tmp_path / written.file_name).read_bytes()
     bare = save(tmp_path, config, replace(clip, metadata=None))
     assert bare.sha256 == written.sha256
@@ -302,7 +304,7 @@ def test_a_stripped_file_holds_nothing_of_the_request(config, tmp_path):
 def test_a_long_or_broken_prompt_is_embedded(video, tmp_path):
     text = "".join(np.random.default_rng(3).choice(list("abc \x00é山🏔"), 100_000))
     clip = make_clip(1, metadata={"prompt": text, "negative_prompt": "a\udc80b"})
-    written = save(tmp_path, VideoConfig(video=video), clip)
+    written = save(tmp_path, OutputConfig(video=video), clip)
     info = info_of(tmp_path / written.file_name)
     assert info.metadata == clip.metadata
 
@@ -326,7 +328,7 @@ def test_one_chunk_is_asked_for_at_a_time(tmp_path):
             del chunk
 
     started = time.perf_counter()
-    written = VideoWriter(tmp_path, VideoConfig(preset="ultrafast")).save(make_clip(40), chunks())
+    written = VideoWriter(tmp_path, OutputConfig(preset="ultrafast")).save(make_clip(40), chunks())
     waited_s = time.perf_counter() - started - written.write_s
     assert info_of(tmp_path / written.file_name).num_frames == 40
     assert alive[1] <= 2
@@ -360,7 +362,7 @@ def test_an_error_of_the_frames_passes_and_leaves_no_video(config, num_whole, tm
 )
 def test_frames_that_are_not_the_clips_are_refused(chunks, reason, tmp_path):
     with pytest.raises(ValueError, match=reason):
-        VideoWriter(tmp_path, VideoConfig()).save(make_clip(3), chunks)
+        VideoWriter(tmp_path, OutputConfig()).save(make_clip(3), chunks)
     assert files_under(tmp_path) == []
 
 
@@ -377,39 +379,40 @@ def test_frames_that_are_not_the_clips_are_refused(chunks, reason, tmp_path):
 def test_a_clip_that_a_format_cannot_hold_is_its_rows_error(video, changes, reason, tmp_path):
     clip = make_clip(**{"num_frames": 3, **changes})
     with pytest.raises(RowError, match=reason):
-        save(tmp_path, VideoConfig(video=video), clip)
+        save(tmp_path, OutputConfig(video=video), clip)
     assert files_under(tmp_path) == []
 
 
 def test_a_size_that_an_encoder_refuses_is_the_rows_error(tmp_path):
     with pytest.raises(RowError, match=r"the clip of 2x2 could not be encoded: .* Choose another"):
-        save(tmp_path, VideoConfig(codec="av1"), make_clip(3, height=2, width=2))
+        save(tmp_path, OutputConfig(codec="av1"), make_clip(3, height=2, width=2))
     assert files_under(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"video": "avi"}, r'output.video is "avi"\. Use one of mp4, webm'),
-        ({"codec": "vp9"}, r"output.codec is vp9; .* mp4 are h264, hevc, av1"),
+        ({"video": "avi"}, r"output\.video: 'avi': .* 'mp4', 'webm', 'gif' or 'frames'"),
+        ({"codec": "vp9"}, r"output: codec is vp9; .* mp4 are h264, hevc, av1"),
         ({"video": "webm", "codec": "h264"}, "webm are av1, vp9"),
-        ({"video": "gif", "crf": 20}, "output.crf is 20; output.video gif has no"),
-        ({"crf": 52}, r"output.crf is 52; h264 takes 0 \(best\) to 51"),
-        ({"codec": "av1", "preset": "medium"}, r'output.preset is "medium"; av1 takes.* 13, 12'),
-        ({"threads": 0}, "output.threads is 0"),
-        ({"png_compression": 10}, "output.png_compression is 10"),
+        ({"video": "gif", "crf": 20}, "crf is 20; an output.video gif has no"),
+        ({"crf": 52}, r"crf is 52; h264 takes 0 \(best\) to 51"),
+        ({"codec": "av1", "preset": "medium"}, r'preset is "medium"; av1 takes.* 13, 12'),
+        ({"codec": "av1", "preset": 14}, r'preset is "14"; av1 takes'),
+        ({"video_threads": 0}, r"output\.video_threads: 0"),
+        ({"video": "frames", "format": "webdataset"}, "Use output.video mp4, .* or output.format"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(values, reason):
     with pytest.raises(ConfigError, match=reason):
-        VideoConfig(**values)
+        load_config(None, {f"output.{key}": value for key, value in values.items()})
 
 
 def test_a_missing_encoder_is_named_before_anything_is_rendered(tmp_path, monkeypatch):
     monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx265"})
     with pytest.raises(ConfigError, match=r"output.codec is hevc; .* no encoder libx265. Install"):
-        VideoWriter(tmp_path, VideoConfig(codec="hevc"))
-    VideoWriter(tmp_path, VideoConfig())
+        VideoWriter(tmp_path, OutputConfig(codec="hevc"))
+    VideoWriter(tmp_path, OutputConfig())
 
 
 def test_crf_and_preset_reach_the_encoder(tmp_path):
@@ -417,10 +420,10 @@ def test_crf_and_preset_reach_the_encoder(tmp_path):
     for config in CODECS:
         sizes = []
         for crf in (5, 50):
-            writer = VideoWriter(tmp_path, replace(config, crf=crf))
+            writer = VideoWriter(tmp_path, config.model_copy(update={"crf": crf}))
             sizes.append(writer.save(make_clip(3), [noise]).size_bytes)
         assert sizes[0] > 3 * sizes[1]
-    slow = save(tmp_path, VideoConfig(preset="slow"), make_clip(2))
+    slow = save(tmp_path, OutputConfig(preset="slow"), make_clip(2))
     data = (tmp_path / slow.file_name).read_bytes()
     assert re.search(rb"subme=8 .*crf=18\.0", data)
 
@@ -429,7 +432,7 @@ def test_crf_and_preset_reach_the_encoder(tmp_path):
 def test_a_full_disk_says_how_to_go_on(config, full_disk):
     frames = np.random.default_rng(0).integers(0, 256, (12, 128, 128, 3), np.uint8)
     clip = make_clip(12, height=128, width=128)
-    fine = config if config.video in ("gif", "frames") else replace(config, crf=1)
+    fine = config if config.video in ("gif", "frames") else config.model_copy(update={"crf": 1})
     with pytest.raises(DiskError, match=r"No space left.*ENOSPC.*Free space.*same") as caught:
         VideoWriter(full_disk, fine).save(clip, [frames])
     assert f"{full_disk}/videos/ab/{REQUEST_ID}" in str(caught.value)
@@ -439,10 +442,10 @@ def test_a_full_disk_says_how_to_go_on(config, full_disk):
 
 def test_a_file_in_the_way_and_a_bad_name_are_named(tmp_path):
     with pytest.raises(DiskError, match=r"request_id is '\.\./x'"):
-        save(tmp_path, VideoConfig(), make_clip(1, request_id="../x"))
+        save(tmp_path, OutputConfig(), make_clip(1, request_id="../x"))
     (tmp_path / "videos").write_text("not a folder")
     with pytest.raises(DiskError, match=rf"videos/ab/{REQUEST_ID}\.mp4: could not be written"):
-        save(tmp_path, VideoConfig(), make_clip(1))
+        save(tmp_path, OutputConfig(), make_clip(1))
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
@@ -458,7 +461,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
 
 
 def test_a_clip_again_takes_the_place_of_the_first(tmp_path):
-    for config in (VideoConfig(), VideoConfig(video="frames")):
+    for config in (OutputConfig(), OutputConfig(video="frames")):
         first = save(tmp_path, config, make_clip(3))
         (tmp_path / first.file_name).write_bytes(b"damaged")
         assert save(tmp_path, config, make_clip(3)).sha256 == first.sha256
@@ -475,7 +478,7 @@ def test_clips_are_written_to_an_object_store(monkeypatch, tmp_path):
         monkeypatch.setattr("tempfile.tempdir", None)
         storage = open_storage(server.new_uri())
         clip = make_clip(5, audio=make_audio(0.3, 24_000))
-        for config in (VideoConfig(wav=True), VideoConfig(video="frames")):
+        for config in (OutputConfig(wav=True), OutputConfig(video="frames")):
             frames = make_frames(5)
             written = VideoWriter(storage.uri, config).save(clip, [frames])
             data = storage.read(written.file_name)
