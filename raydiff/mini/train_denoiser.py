@@ -83,6 +83,7 @@ def train_denoiser(
     device = latents.device
     torch.manual_seed(recipe.seed)
     denoiser = Denoiser(recipe, vocab_sizes).to(device)
+    denoiser.requires_grad_(True)  # text encoders come frozen
     alphas = _alphas(recipe).to(device)
     is_v = recipe.scheduler["prediction_type"] == "v_prediction"
 
@@ -114,6 +115,7 @@ def train_denoiser(
         if (step + 1) % 1000 == 0:
             log(f"{recipe.family}: step {step + 1} of {recipe.num_steps}, loss {loss.item():.4f}")
     optimiser.load_average()
+    denoiser.requires_grad_(False)
     return denoiser
 
 

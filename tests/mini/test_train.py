@@ -12,8 +12,9 @@ from raydiff.errors import OutputError
 from raydiff.mini import train as training
 from raydiff.mini.dataset import make_dataset
 from raydiff.mini.optimise import Optimiser
-from raydiff.mini.recipe import RECIPES, AutoencoderRecipe
+from raydiff.mini.recipe import FAMILIES, MAX_TOKENS, RECIPES, AutoencoderRecipe, MiniFamily
 from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
+from raydiff.mini.train_denoiser import Denoiser, train_denoiser
 from raydiff.mini.vocabulary import words
 from raydiff.pipelines.base import Pipeline
 from raydiff.request import RenderRequest, with_request_id
@@ -61,8 +62,31 @@ def test_a_miniature_trains_and_renders(
         training.train(tmp_path, [family])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_of_a_denoiser_learns(family: MiniFamily) -> None:
+    recipe = replace(RECIPES[family], num_steps=12, batch_size=8, warmup_steps=1)
+    vocab_sizes = dict.fromkeys(recipe.text_encoders, 100)
+    torch.manual_seed(recipe.seed)
+    before = dict(Denoiser(recipe, vocab_sizes).named_parameters())
+    ids = torch.randint(1, 98, (16, 2, MAX_TOKENS), dtype=torch.int16)
+    ids[:, :, -1] = 99
+    trained = train_denoiser(
+        recipe,
+        torch.randn(16, 4, 16, 16).half(),
+        dict.fromkeys(vocab_sizes, ids),
+        dict.fromkeys(vocab_sizes, ids[0, 0]),
+        vocab_sizes,
+        lambda text: None,
+    )
+    still = {name for name, one in trained.named_parameters() if torch.equal(one, before[name])}
+    # What comes after the layer that SDXL takes its embeddings from.
+    unused = {name for name in still if family == "sdxl" and "text_encoders.text_encoder." in name}
+    assert still == unused
+    assert all("final_layer_norm" in name or ".layers.2." in name for name in unused)
+
+
 def test_the_autoencoder_is_whitened_without_changing_its_pictures(tmp_path: Path) -> None:
-    write_tiny_tokenizer(tmp_path / "tokenizer", "!", words())
+    write_tiny_tokenizer(tmp_path / "tokenizer", "!", words(), MAX_TOKENS)
     tables = make_dataset(64, {"text_encoder": tmp_path / "tokenizer"}).tables
     vae = train_autoencoder(SMALL_VAE, tables, CPU, lambda text: None)
     latents = encode_scenes(vae, tables, CPU).float()
@@ -71,11 +95,11 @@ def test_the_autoencoder_is_whitened_without_changing_its_pictures(tmp_path: Pat
 
 
 def test_the_same_seed_gives_the_same_scenes_and_no_held_out_ones(tmp_path: Path) -> None:
-    write_tiny_tokenizer(tmp_path / "tokenizer", "!", words())
+    write_tiny_tokenizer(tmp_path / "tokenizer", "!", words(), MAX_TOKENS)
     first, second = (make_dataset(30, {"text_encoder": tmp_path / "tokenizer"}) for _ in range(2))
     assert np.array_equal(first.tables, second.tables)
     assert np.array_equal(first.input_ids["text_encoder"], second.input_ids["text_encoder"])
-    assert first.input_ids["text_encoder"].shape == (30, 2, 77)
+    assert first.input_ids["text_encoder"].shape == (30, 2, MAX_TOKENS)
 
 
 def test_the_optimiser_finds_the_minimum_and_averages_the_way_there() -> None:
