@@ -132,6 +132,7 @@ def run_manifest(
     started = time.time()
     # What no row could be rendered with is refused here, before the folder is touched.
     read_rows(manifest, config=config, models=models)
+    _check_encoders(manifest, config, models)
     with (
         open_workplace(config, models, layout) as workplace,
         _start(manifest, config, models) as run,
@@ -284,6 +285,14 @@ def worker_specs(
             environ=environ,
         )
     return specs
+
+
+def _check_encoders(manifest: Manifest, config: RunConfig, models: KnownModels) -> None:
+    """Raise ConfigError if clips of the run's own model could not be encoded here."""
+    if "model" not in manifest.schema.names and models(config.model.name).video is not None:
+        from raydiff.output.encoders import check_encoders  # takes what only clips need
+
+        check_encoders(config.output)
 
 
 def _num_write_threads(placement: StagePlacement) -> int:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ import pytest
 
 from raydiff.bench.null_model import MODEL
 from raydiff.engine.render import RunSummary
-from raydiff.request import BatchKey, RenderBatch, RenderRequest, with_request_id
+from raydiff.request import RenderBatch, RenderRequest, batch_key, with_request_id
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +32,13 @@ def drive() -> Callable[..., RunSummary]:
 
 
 @pytest.fixture
-def make_batch() -> Callable[[Sequence[str]], RenderBatch]:
-    """Return a function that makes a batch of one request per prompt."""
+def make_batch() -> Callable[..., RenderBatch]:
+    """Return a function that makes a batch of one request per prompt; `changes` are the values of
+    all of them."""
 
-    def make(prompts: Sequence[str], batch_id: int = 1) -> RenderBatch:
-        requests = tuple(_request(prompt, seed) for seed, prompt in enumerate(prompts))
-        return RenderBatch(batch_id=batch_id, key=BatchKey("null", 8, 8), requests=requests)
+    def make(prompts: Sequence[str], batch_id: int = 1, **changes: Any) -> RenderBatch:
+        requests = tuple(_request(prompt, seed, changes) for seed, prompt in enumerate(prompts))
+        return RenderBatch(batch_id=batch_id, key=batch_key(requests[0]), requests=requests)
 
     return make
 
@@ -59,20 +61,19 @@ def write_prompts(tmp_path: Path) -> Callable[[Sequence[str | None]], Path]:
     return write
 
 
-def _request(prompt: str, seed: int) -> RenderRequest:
-    return with_request_id(
-        RenderRequest(
-            model=MODEL.name,
-            model_revision=MODEL.revision,
-            task="txt2img",
-            prompt=prompt,
-            negative_prompt=None,
-            seed=seed,
-            height=8,
-            width=8,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            guidance_rescale=0.0,
-            sampler="ddim",
-        )
-    )
+def _request(prompt: str, seed: int, changes: dict[str, Any]) -> RenderRequest:
+    values = {
+        "model": MODEL.name,
+        "model_revision": MODEL.revision,
+        "task": "txt2img",
+        "prompt": prompt,
+        "negative_prompt": None,
+        "seed": seed,
+        "height": 8,
+        "width": 8,
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+        "guidance_rescale": 0.0,
+        "sampler": "ddim",
+    }
+    return with_request_id(RenderRequest(**{**values, **changes}))

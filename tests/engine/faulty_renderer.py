@@ -12,17 +12,20 @@ import numpy as np
 from raydiff.engine.messages import Role, TextKey, texts_of
 from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload, RenderedBatch
 from raydiff.errors import EngineError, OutOfMemoryError, RowError
+from raydiff.output.audio import Audio
 from raydiff.request import RenderRequest
 
+SAMPLE_RATE = 24_000
 PROFILES = ("full_gpu", "balanced", "gpu_poor")
 
 
 class FaultyRenderer:
-    """Renders noise. A prompt with one of these words fails in that way, where it is denoised:
+    """Renders noise, and a tone to the frames of a clip, unless its prompt has the word `silent`.
 
-    `raise`, `die` (SIGKILL), `crash` (in native code), `lose the GPU`, `hang` (for ever), `slow`
-    (`slow_s` longer), `NaN` (no latents, without an exception), `heavy` (fits no profile but the
-    poorest). `unreadable` raises where it is encoded, `black` fails where it is decoded.
+    A prompt with one of these words fails in that way, where it is denoised: `raise`, `die`
+    (SIGKILL), `crash` (in native code), `lose the GPU`, `hang` (for ever), `slow` (`slow_s`
+    longer), `NaN` (no latents, without an exception), `heavy` (fits no profile but the poorest).
+    `unreadable` raises where it is encoded, `black` fails where it is decoded.
 
     log: file that gets a line for each row that is denoised (request_id, process, batch size, the
     GPUs that CUDA would show) and, in an encode worker, one for each text (`encoded`, the text).
@@ -125,6 +128,7 @@ class FaultyRenderer:
             profile=PROFILES[self._profile],
             dtype="float32",
             errors=[error or late for error, late in zip(errors, black, strict=True)],
+            audio=[_sound(request) for request in requests],
         )
 
     def _fail(self, prompt: str) -> None:
@@ -144,8 +148,10 @@ class FaultyRenderer:
             log.writelines(f"{line}\n" for line in lines)
 
     def _pixels(self, request: RenderRequest) -> np.ndarray:
-        rng = np.random.default_rng(request.seed)
-        return rng.integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
+        shape = (request.height, request.width, 3)
+        if request.video is not None:
+            shape = (request.video.num_frames, *shape)
+        return np.random.default_rng(request.seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 class UnstartableRenderer:
@@ -169,6 +175,15 @@ def _check_embeds(requests: Sequence[RenderRequest], embeds: Mapping[TextKey, Pa
             one = embeds[key]
             if not isinstance(one, np.ndarray) or not np.array_equal(one, _embeds(key)):
                 raise ValueError(f"{key.text!r}: the embedding is another text's")
+
+
+def _sound(request: RenderRequest) -> Audio | None:
+    if request.video is None or "silent" in request.prompt:
+        return None
+    num_samples = round(request.video.num_frames / request.video.frame_rate * SAMPLE_RATE)
+    times_s = np.arange(num_samples) / SAMPLE_RATE
+    tone = np.sin(2 * np.pi * 440 * times_s).astype(np.float32)
+    return Audio(samples=np.stack([tone, tone]), sample_rate=SAMPLE_RATE)
 
 
 def _warnings(requests: Sequence[RenderRequest]) -> list[str | None]:

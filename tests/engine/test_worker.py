@@ -1,6 +1,8 @@
 """A worker without Ray: its role's stages, bad rows, memory, disks, files written on the side."""
 
 import asyncio
+import hashlib
+import io
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +28,11 @@ from raydiff.engine.messages import (
 from raydiff.engine.worker import Worker, WorkerSpec
 from raydiff.errors import EngineError
 from raydiff.output import writer as writer_module
-from raydiff.request import RenderBatch
+from raydiff.output.video_info import read_video_info
+from raydiff.output.wav import read_wav
+from raydiff.request import RenderBatch, RenderResult, num_evaluations
+from raydiff.video_codecs import VideoFormat
+from tests.clips import FRAME_RATE, NUM_FRAMES, video_settings
 
 MakeBatch = Callable[..., RenderBatch]
 
@@ -97,6 +103,12 @@ def denoise(
 
 def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.rglob("*.png")}
+
+
+def in_order(reply: BatchReply, batch: RenderBatch) -> list[RenderResult]:
+    """Return the results of a batch in the order of its requests."""
+    results = {result.request_id: result for result in reply.results}
+    return [results[request.request_id] for request in batch.requests]
 
 
 def rendered_sizes(out: Path) -> list[int]:
@@ -202,6 +214,65 @@ def test_batches_are_rendered_in_the_order_they_come(out: Path, make_batch: Make
     run(spec(out, row_ms=0), batches)
     lines = (out.parent / "renders.log").read_text().splitlines()
     assert [line.split()[0] for line in lines] == [b.requests[0].request_id for b in batches]
+
+
+# -- clips -----------------------------------------------------------------------------------------
+
+
+CLIP: dict[str, Any] = {"task": "txt2vid", "height": 64, "width": 64, "sampler": "euler"}
+
+
+@pytest.mark.parametrize("video", ["mp4", "webm", "gif"])
+def test_a_clip_is_a_file_with_its_frames_rate_and_sound(
+    video: VideoFormat, out: Path, make_batch: MakeBatch
+) -> None:
+    batch = make_batch(["a", "a silent one"], video=video_settings(), **CLIP)
+    (reply,) = run(spec(out, output=OutputConfig(video=video)), [batch])
+    for result, request in zip(in_order(reply, batch), batch.requests, strict=True):
+        assert (result.status, result.error) == ("completed", None)
+        assert result.file_name == f"videos/{request.request_id[:2]}/{request.request_id}.{video}"
+        data = (out / result.file_name).read_bytes()
+        assert (result.sha256, result.size_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+        is_silent = "silent" in request.prompt
+        assert result.audio_sample_rate == (None if is_silent else 24_000)
+        assert result.duration_s == NUM_FRAMES / FRAME_RATE
+        assert result.nfe == num_evaluations(request)
+        assert result.write_s is not None
+        info = read_video_info(io.BytesIO(data))
+        assert (info.num_frames, info.height, info.width) == (NUM_FRAMES, 64, 64)
+        assert info.duration_s == pytest.approx(NUM_FRAMES / FRAME_RATE, abs=0.01)
+        assert (info.audio_codec is None) == (is_silent or video == "gif")
+        assert info.metadata is not None
+        assert info.metadata["prompt"] == request.prompt
+        assert (info.metadata["num_frames"], info.metadata["stg_blocks"]) == (NUM_FRAMES, [29])
+        assert "video" not in info.metadata
+    assert sum(path.is_file() for path in out.rglob("*")) == 2
+
+
+def test_a_clip_is_a_folder_of_frames_with_its_sound_beside_it(
+    out: Path, make_batch: MakeBatch
+) -> None:
+    batch = make_batch(["a"], video=video_settings(), **CLIP)
+    (reply,) = run(spec(out, output=OutputConfig(video="frames", wav=True)), [batch])
+    (result,), (request,) = reply.results, batch.requests
+    folder = out / f"videos/{request.request_id[:2]}/{request.request_id}"
+    assert result.file_name == f"{folder.relative_to(out)}/frames.json"
+    frames = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    wanted = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, 64, 64, 3), dtype=np.uint8)
+    assert np.array_equal(frames, wanted)
+    with folder.with_suffix(".wav").open("rb") as file:
+        assert read_wav(file).samples.shape == (2, NUM_FRAMES / FRAME_RATE * 24_000)
+
+
+def test_a_clip_that_its_format_cannot_hold_fails_alone(out: Path, make_batch: MakeBatch) -> None:
+    fine = make_batch(["a"], video=video_settings(), **CLIP)
+    odd = make_batch(["b"], video=video_settings(), **{**CLIP, "height": 63})
+    both = replace(fine, requests=fine.requests + odd.requests)
+    (reply,) = run(spec(out), [both])
+    first, second = in_order(reply, both)
+    assert first.status == "completed"
+    assert (second.status, second.file_name) == ("failed", None)
+    assert str(second.error).startswith("height is 63; a video in yuv420p needs an even one.")
 
 
 # -- roles -----------------------------------------------------------------------------------------
