@@ -1,8 +1,8 @@
-"""Encoded prompts kept beside the output, for later runs: a safetensors file for each text.
+"""Encoded prompts in a folder of their own or beside a run's output: a safetensors file each.
 
     OUT/embeds/ab/<hash of model revision, dtype and text>.safetensors
-They are a convenience: a file that is missing or damaged is made again, and a disk that fails ends
-the keeping, not the run.
+A file that is missing or damaged is no error here, only a text that is not there; nor is a disk
+that fails: the store says so and is left alone from then on.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from raydiff.output.storage import open_storage
+from raydiff.pipelines.encoder_reply import FEATURE_DTYPES, safetensors_metadata
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import RECIPE_VERSION
 
@@ -31,26 +32,42 @@ class EmbedsStore:
         self.error: str | None = None
         """Why nothing is read or written any more."""
 
+    def has_any(self) -> bool:
+        """Whether there is anything to read."""
+        try:
+            return bool(self._storage.list_names(EMBEDS_DIR))
+        except OSError as error:
+            self._give_up(error)
+            return False
+
     def read(
-        self, texts: Iterable[str], *, revision: str, dtype: torch.dtype
+        self, texts: Iterable[str], *, revision: str, dtype: torch.dtype, may_cast: bool = False
     ) -> dict[str, EncodedPrompt]:
-        """Return those of the texts that are here, intact."""
+        """Return those of the texts that are here, intact.
+
+        With `may_cast` a text that is not here in `dtype` is cast from float32, bfloat16 or
+        float16, the first of these that it is here in.
+        """
+        others = [other for other in FEATURE_DTYPES if may_cast and other != dtype]
         found: dict[str, EncodedPrompt] = {}
         for text in texts:
-            if self.error is not None:
-                break
-            key = _key(revision, dtype, text)
-            try:
-                data = self._storage.read_range(_file_name(key), 0, MAX_BYTES)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                self._give_up(error)
-                break
-            encoded = _parse(data, key, dtype)
-            if encoded is not None:
-                found[text] = encoded
+            for one in (dtype, *others):
+                encoded = None if self.error is not None else self._read(text, revision, one)
+                if encoded is not None:
+                    found[text] = encoded.cast(dtype)
+                    break
         return found
+
+    def _read(self, text: str, revision: str, dtype: torch.dtype) -> EncodedPrompt | None:
+        key = _key(revision, dtype, text)
+        try:
+            data = self._storage.read_range(_file_name(key), 0, MAX_BYTES)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._give_up(error)
+            return None
+        return _parse(data, key, dtype)
 
     def write(self, encoded: Mapping[str, EncodedPrompt], *, revision: str) -> None:
         """Keep encoded texts; each file is there whole or not at all."""
@@ -94,7 +111,7 @@ def _parse(data: bytes, key: str, dtype: torch.dtype) -> EncodedPrompt | None:
         tensors = load(data)
     except SafetensorError:
         return None
-    metadata = _metadata(data)
+    metadata = safetensors_metadata(data)
     embeds, pooled = tensors.get("embeds"), tensors.get("pooled")
     if embeds is None or embeds.dtype != dtype:
         return None
@@ -102,13 +119,6 @@ def _parse(data: bytes, key: str, dtype: torch.dtype) -> EncodedPrompt | None:
         embeds=embeds, pooled=pooled, is_truncated=metadata.get("is_truncated") == "true"
     )
     return encoded if metadata.get("checksum") == _checksum(encoded, key) else None
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """Return the header's free text: `load` has checked the header, but does not return it."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8:end]).get("__metadata__") or {}
-    return metadata
 
 
 def _checksum(encoded: EncodedPrompt, key: str) -> str:

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 MAX_PROMPTS = 128
@@ -28,6 +29,16 @@ class EncodedPrompt:
         return EncodedPrompt(
             embeds=self.embeds.to("cpu", copy=True),
             pooled=None if self.pooled is None else self.pooled.to("cpu", copy=True),
+            is_truncated=self.is_truncated,
+        )
+
+    def cast(self, dtype: torch.dtype) -> "EncodedPrompt":
+        """Return it in another dtype; itself where that is its own."""
+        if self.embeds.dtype == dtype:
+            return self
+        return EncodedPrompt(
+            embeds=self.embeds.to(dtype),
+            pooled=None if self.pooled is None else self.pooled.to(dtype),
             is_truncated=self.is_truncated,
         )
 
