@@ -1,4 +1,4 @@
-"""`raydiff models`: look into checkpoints, download them, make tiny ones and fp8 copies."""
+"""`raydiff models`: list those with a short name, look into checkpoints, download them, make tiny ones and fp8 copies."""
 
 import json
 import sys
@@ -13,12 +13,32 @@ TINY_FAMILIES = ("sd21", "sdxl")
 
 @click.group()
 def models() -> None:
-    """Inspect, download, quantise or make checkpoints.
+    """List, inspect, download, quantise or make checkpoints.
 
     \b
     raydiff models pull sdxl
     raydiff models inspect ~/models/stable-diffusion-xl-base-1.0
     """
+
+
+@models.command("list")
+@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
+def list_models(is_json: bool) -> None:
+    """List the published checkpoints that have a short name.
+
+    \b
+    raydiff models list
+    """
+    from raydiff.weights.aliases import alias_names, read_alias
+
+    aliases = [read_alias(name) for name in alias_names()]
+    if is_json:
+        click.echo(json.dumps([asdict(alias) for alias in aliases], indent=2))
+        return
+    for alias in aliases:
+        click.echo(f"{alias.name}: {alias.description}")
+        gated = ", to be accepted on the Hub first" if alias.gated else ""
+        click.echo(f"  {alias.repo} ({alias.licence}{gated})")
 
 
 @models.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raydiff.errors import ModelError, nearest
-from raydiff.request import ModelInfo
+from raydiff.request import ModelInfo, VideoModel
 from raydiff.weights.aliases import alias_names, read_alias
 from raydiff.weights.checkpoint import Checkpoint, list_files, open_checkpoint
 from raydiff.weights.fingerprint import local_revision
@@ -19,12 +19,26 @@ from raydiff.weights.single_file import sidecar_file
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 
 SIZE_MULTIPLE = 8
-"""Pixels to one latent, in both families' VAEs."""
+"""Pixels to one latent, in the VAEs of both image families."""
+
+CLIP_SIZE = (512, 768)
+"""Height and width of LTX-2's clips: its own pipelines' defaults."""
+
+STG_BLOCKS = {"2.0": 29, "2.3": 28}
+"""Which block's self attentions spatio-temporal guidance leaves out, by version (Lightricks/LTX-2,
+ltx-pipelines, utils/constants.py)."""
+
+CLIP_STEPS = {"2.0": 40, "2.3": 30}
+"""Steps by version (same source)."""
+
+CLIP_RESIZES = ("spatial", "temporal", "spatiotemporal", "spatiotemporal")
+"""How the video VAE's encoder halves a clip where its config does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FamilyDefaults:
-    """What a request of the family uses when it does not say (diffusers' pipeline defaults)."""
+    """What a request of the image family uses when it does not say (diffusers' pipeline
+    defaults)."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -46,6 +60,7 @@ SCHEDULER_SAMPLERS = {
     "PNDMScheduler": "pndm",
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
+    "FlowMatchEulerDiscreteScheduler": "euler",
 }
 """Sampler by the class that scheduler_config.json names."""
 
@@ -132,7 +147,11 @@ def _files(checkpoint: Checkpoint, *, variant: Variant, dtype: str) -> dict[str,
     if path.is_dir():
         names = list_files(path, variant=variant, dtype=dtype).names
         return {name: path / name for name in names}
-    files = {"single.safetensors": path}
+    # What is not in the file itself stands in files and folders beside it.
+    sources = [s for tensors in checkpoint.sources.values() for s in tensors.values()]
+    files = {_name_beside(path, source.file): source.file for source in sources}
+    configs = {file.parent / "config.json" for file in files.values() if file.parent != path.parent}
+    files |= {_name_beside(path, config): config for config in configs}
     sidecar = sidecar_file(path)
     if sidecar is not None:
         files["single.yaml"] = sidecar
@@ -146,31 +165,82 @@ def _files(checkpoint: Checkpoint, *, variant: Variant, dtype: str) -> dict[str,
     return files
 
 
+def _name_beside(path: Path, file: Path) -> str:
+    """Return a file's name among those of a checkpoint, whatever its single file is called."""
+    return "single.safetensors" if file == path else file.relative_to(path.parent).as_posix()
+
+
 def _info(name: str, checkpoint: Checkpoint, revision: str) -> ModelInfo:
-    defaults = FAMILY_DEFAULTS.get(checkpoint.family)
-    if defaults is None:
-        raise ModelError(
-            f"{name}: this is {checkpoint.family}; raydiff renders {', '.join(FAMILY_DEFAULTS)}"
-        )
-    height, width = _default_size(checkpoint)
+    own = _clip_info(checkpoint) if checkpoint.family == "ltx2" else _image_info(checkpoint)
     return ModelInfo(
         name=name,
         family=checkpoint.family,
         path=str(checkpoint.path),
         revision=revision,
-        tasks=("txt2img", "img2img"),
-        default_height=height,
-        default_width=width,
-        size_multiple=SIZE_MULTIPLE,
-        default_num_inference_steps=defaults.num_inference_steps,
-        default_guidance_scale=defaults.guidance_scale,
-        default_strength=defaults.strength,
         default_sampler=default_sampler(checkpoint.config("scheduler")),
         num_parameters={
             component: sum(math.prod(t.shape) for t in checkpoint.tensors(component).values())
             for component in checkpoint.components
         },
+        **own,
     )
+
+
+def _image_info(checkpoint: Checkpoint) -> dict[str, Any]:
+    defaults = FAMILY_DEFAULTS[checkpoint.family]
+    height, width = _default_size(checkpoint)
+    return {
+        "tasks": ("txt2img", "img2img"),
+        "default_height": height,
+        "default_width": width,
+        "size_multiple": SIZE_MULTIPLE,
+        "default_num_inference_steps": defaults.num_inference_steps,
+        "default_guidance_scale": defaults.guidance_scale,
+        "default_strength": defaults.strength,
+    }
+
+
+def _clip_info(checkpoint: Checkpoint) -> dict[str, Any]:
+    transformer = checkpoint.config("transformer")
+    # From 2.3 on the connectors give the texts in the transformer's own widths.
+    version = "2.0" if transformer.get("use_prompt_embeddings", True) else "2.3"
+    num_layers = int(transformer.get("num_layers", 48))
+    spatial_downscale, temporal_downscale = _clip_downscales(checkpoint)
+    height, width = CLIP_SIZE
+    return {
+        "tasks": ("txt2vid", "img2vid"),
+        "default_height": height,
+        "default_width": width,
+        "size_multiple": spatial_downscale,
+        "default_num_inference_steps": CLIP_STEPS[version],
+        "default_guidance_scale": 3.0,
+        "default_strength": 1.0,
+        "samplers": ("euler",),
+        "video": VideoModel(
+            num_layers=num_layers,
+            # A smaller network has no such block: its last stands for it.
+            default_stg_block=min(STG_BLOCKS[version], num_layers - 1),
+            spatial_downscale=spatial_downscale,
+            temporal_downscale=temporal_downscale,
+            has_upsampler="latent_upsampler" in checkpoint.components,
+        ),
+    }
+
+
+def _clip_downscales(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return the pixels along a side of a latent, and the frames of a latent frame."""
+    vae = checkpoint.config("vae")
+    resizes, patch_size = vae.get("downsample_type", CLIP_RESIZES), vae.get("patch_size", 4)
+    if not (isinstance(resizes, list | tuple) and isinstance(patch_size, int)):
+        raise ModelError(
+            f"{checkpoint.path}: vae/config.json has downsample_type {resizes!r} and patch_size "
+            f"{patch_size!r}; the sizes of clips are read from them"
+        )
+    spatial, temporal = (
+        sum(resize in (axis, "spatiotemporal") for resize in resizes)
+        for axis in ("spatial", "temporal")
+    )
+    return int(patch_size) * 2**spatial, 2**temporal
 
 
 def _default_size(checkpoint: Checkpoint) -> tuple[int, int]:

@@ -37,6 +37,7 @@ from raydiff.models.ltx2.video_vae import LTX2VideoVAE
 from raydiff.models.ltx2.video_vae_config import LTX2VideoVAEConfig
 from raydiff.models.ltx2.vocoder import Vocoder, VocoderWithBWE
 from raydiff.models.ltx2.vocoder_config import VocoderConfig, VocoderWithBWEConfig
+from raydiff.request import VideoModel
 from raydiff.weights.checkpoint import Checkpoint, open_checkpoint
 from raydiff.weights.inspect import inspect_path
 from raydiff.weights.load import load_weights
@@ -343,12 +344,49 @@ def test_inspect_lists_the_components(tmp_path: Path) -> None:
     assert counted == FULL_SIZE["2.3"]
 
 
-def test_rendering_it_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "small.safetensors"
+@pytest.mark.parametrize(("version", "steps", "stg_block"), [("2.0", 40, 29), ("2.3", 30, 28)])
+def test_what_a_run_must_know_of_it(
+    tmp_path: Path, version: str, steps: int, stg_block: int
+) -> None:
+    path = tmp_path / "ltx-2-19b-dev.safetensors"
+    write_header_only(path, ltx2_shapes(CONFIGS[version]), metadata(CONFIGS[version], version))
+    info = resolve_model(str(path))
+    assert (info.family, info.tasks, info.samplers) == ("ltx2", ("txt2vid", "img2vid"), ("euler",))
+    assert (info.default_height, info.default_width, info.size_multiple) == (512, 768, 32)
+    assert (info.default_num_inference_steps, info.default_guidance_scale) == (steps, 3.0)
+    assert info.default_sampler == "euler"
+    assert info.video == VideoModel(
+        num_layers=48,
+        default_stg_block=stg_block,
+        spatial_downscale=32,
+        temporal_downscale=8,
+        has_upsampler=False,
+    )
+    assert info.num_parameters == {
+        name: num_parameters for name, (_, num_parameters) in FULL_SIZE[version].items()
+    }
+    write_small(path, version)
+    small, vae = resolve_model(str(path)), open_checkpoint(path).config("vae")
+    assert small.video is not None
+    assert small.video.default_stg_block == small.video.num_layers - 1
+    config = LTX2VideoVAEConfig.from_dict(vae)
+    assert small.video.spatial_downscale == small.size_multiple == config.spatial_downscale
+    assert small.video.temporal_downscale == config.temporal_downscale
+
+
+def test_its_revision_sees_what_stands_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "ltx-2-19b-dev.safetensors"
     write_small(path, "2.0")
+    alone = resolve_model(str(path)).revision
+    torch.manual_seed(0)
+    folder = tmp_path / "text_encoder"
+    Gemma3ForCausalLM(small_gemma()).save_pretrained(folder)
     (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(ModelError, match="this is ltx2; raydiff renders sd21, sdxl"):
-        resolve_model(str(path))
+    revisions = {alone, resolve_model(str(path)).revision}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    revisions.add(resolve_model(str(path)).revision)
+    assert len(revisions) == 3
 
 
 def small_gemma() -> Gemma3TextConfig:

@@ -1,5 +1,6 @@
 """Names to models, and what is read of a model before it is loaded."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from raydiff.cli import main
 from raydiff.errors import ModelError
 from raydiff.request import SAMPLERS
 from raydiff.weights.aliases import alias_names, read_alias
@@ -121,7 +124,7 @@ def test_the_revision_is_of_the_weights_that_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sdx", r"model 'sdx': no such folder, .*did you mean \"sdxl\"\? aliases: sd21, sd21-base"),
+        ("sdx", r"model 'sdx': no such folder, .*did you mean \"sdxl\"\? aliases: ltx2, .*sd21"),
         ("", r"\.: no model_index\.json"),
         ("a/b/c", "or give a Hub id such as stabilityai/stable-diffusion-xl-base-1.0"),
         ("../secret", "no such folder"),
@@ -175,11 +178,21 @@ def test_every_sampler_is_some_schedulers_default() -> None:
     assert all(hasattr(diffusers, name) for name in SCHEDULER_SAMPLERS)
 
 
+def test_every_alias_is_listed() -> None:
+    listed = CliRunner().invoke(main, ["models", "list"])
+    assert listed.exit_code == 0
+    for name in alias_names():
+        assert f"{name}: {read_alias(name).description}" in listed.output
+    values = json.loads(CliRunner().invoke(main, ["models", "list", "--json"]).output)
+    assert [alias["name"] for alias in values] == alias_names()
+    assert {alias["family"] for alias in values} == {"sd21", "sdxl", "ltx2"}
+
+
 def test_every_alias_is_complete() -> None:
     for name in alias_names():
         alias = read_alias(name)
         assert alias.name == name
         assert alias.repo.count("/") == 1
-        assert alias.family in ("sd21", "sdxl")
+        assert alias.family in ("sd21", "sdxl", "ltx2")
         assert alias.description
         assert alias.licence
