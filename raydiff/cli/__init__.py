@@ -23,6 +23,8 @@ COMMANDS = {
     "export": ("raydiff.cli.export", "Write a run as a dataset: WebDataset, ImageFolder, Parquet."),
     "diff": ("raydiff.cli.diff", "Compare two runs: max abs, PSNR, SSIM per request."),
     "score": ("raydiff.cli.score", "Score a run's images with a function of your own."),
+    "encode": ("raydiff.cli.encode", "Encode a manifest's texts ahead of its run."),
+    "encode-server": ("raydiff.cli.encode_server", "Encode texts for workers elsewhere."),
     "models": ("raydiff.cli.models", "Inspect, download or make checkpoints."),
     "doctor": ("raydiff.cli.doctor", "Check this machine: Python, torch, GPUs, Ray, disk."),
     "mini": ("raydiff.cli.mini", "Train the miniature models, or draw what they learn from."),

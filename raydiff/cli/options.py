@@ -1,6 +1,6 @@
-"""The options that `render` and `plan` share, and the RunConfig that they make."""
+"""The options that commands on a run's rows share, and the RunConfig that they make."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,29 @@ from raydiff.errors import ConfigError
 JOB_FILE_SUFFIXES = (".yaml", ".yml")
 
 
+SOURCE = click.argument("source", type=click.Path(), required=False)
+PROMPT = click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Render TEXT; repeatable."
+)
+MODEL = click.option("--model", help="Alias, Hugging Face id, folder or .safetensors file.")
+LIMIT = click.option(
+    "--limit", type=click.IntRange(min=1), help="Stop after the first N manifest rows."
+)
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any setting of a job file, e.g. engine.batch_size=4; repeatable.",
+)
+
+
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what says which rows, which model and how."""
     options = [
-        click.argument("source", type=click.Path(), required=False),
-        click.option(
-            "--prompt", "prompts", multiple=True, metavar="TEXT", help="Render TEXT; repeatable."
-        ),
-        click.option("--model", help="Alias, Hugging Face id, folder or .safetensors file."),
+        SOURCE,
+        PROMPT,
+        MODEL,
         click.option("--out", help="Output folder."),
         click.option(
             "--profile",
@@ -43,17 +58,16 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--insecure", is_flag=True, default=None, help="Join a cluster that asks for no token."
         ),
-        click.option(
-            "--limit", type=click.IntRange(min=1), help="Stop after the first N manifest rows."
-        ),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Any setting of a job file, e.g. engine.batch_size=4; repeatable.",
-        ),
+        LIMIT,
+        SET,
     ]
+    return with_options(command, options)
+
+
+def with_options(
+    command: Callable[..., Any], options: Sequence[Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Add options, which the command's help shows in this order."""
     for option in reversed(options):
         command = option(command)
     return command

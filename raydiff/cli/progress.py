@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -42,6 +42,16 @@ def show_progress(*, is_quiet: bool = False) -> Iterator[Display]:
     )
     with bar:
         yield BarDisplay(bar)
+
+
+@contextmanager
+def count_bar(doing: str, *, is_quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Give what is told how many are done, and of how many: on a terminal it shows a bar."""
+    console = Console(stderr=True)
+    is_hidden = is_quiet or not console.is_terminal
+    with RichProgress(console=console, transient=True, disable=is_hidden) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda num_done, total: bar.update(task, completed=num_done, total=total)
 
 
 class BarDisplay:

@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -59,11 +57,12 @@ def score(
     raydiff score renders --with my_scores:Aesthetic --set checkpoint=aesthetic.pt --gpu
     raydiff score renders --with my_scores:faces --name faces --workers 4
     """
+    from raydiff.cli.progress import count_bar
     from raydiff.cli.results import reading
     from raydiff.config import parse_override
     from raydiff.engine.score import score as run
 
-    with reading(out), _bar(is_quiet=is_json) as (update, warn):
+    with reading(out), count_bar("scoring", is_quiet=is_json) as update:
         summary = run(
             out,
             hook,
@@ -73,33 +72,13 @@ def score(
             use_gpus=use_gpus,
             retry_errors=retry_errors,
             on_progress=update,
-            on_warning=warn,
+            on_warning=lambda message: click.echo(f"warning: {message}", err=True),
         )
     if is_json:
         click.echo(json.dumps(asdict(summary)))
     else:
         _show(summary)
     sys.exit(summary.exit_status)
-
-
-@contextmanager
-def _bar(*, is_quiet: bool) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
-    """Give what shows progress on a terminal, and what shows a warning anywhere."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    is_hidden = is_quiet or not console.is_terminal
-    with Progress(console=console, transient=True, disable=is_hidden) as bar:
-        task = bar.add_task("scoring", total=None)
-
-        def update(num_scored: int, total: int) -> None:
-            bar.update(task, completed=num_scored, total=total)
-
-        def warn(message: str) -> None:
-            click.echo(f"warning: {message}", err=True)
-
-        yield update, warn
 
 
 def _show(summary: "ScoreSummary") -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from raydiff.output.storage import open_storage
+from raydiff.output.storage import Storage, open_storage
 from raydiff.pipelines.encoder_reply import FEATURE_DTYPES, safetensors_metadata
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import RECIPE_VERSION
@@ -27,7 +27,7 @@ MAX_BYTES = 64 * 2**20
 class EmbedsStore:
     """The encoded prompts of one output folder, local or in an object store."""
 
-    def __init__(self, out: str) -> None:
+    def __init__(self, out: str | Storage) -> None:
         self._storage = open_storage(out)
         self.error: str | None = None
         """Why nothing is read or written any more."""

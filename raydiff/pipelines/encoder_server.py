@@ -17,12 +17,14 @@ from socket import AF_INET6, gaierror, getaddrinfo
 from threading import BoundedSemaphore
 from typing import Any, NamedTuple
 
-from raydiff.errors import ConfigError, RaydiffError, RowError
+from raydiff.config import MemoryConfig, ModelConfig
+from raydiff.errors import ConfigError, ModelError, RaydiffError, RowError
 from raydiff.manifest.schema import MAX_TEXT_CHARACTERS, quoted
+from raydiff.pipelines.base import Pipeline
 from raydiff.pipelines.encoder_reply import MAX_BODY_BYTES, MAX_TEXTS, EncodeReply, ServiceInfo
+from raydiff.pipelines.load import load_pipeline
 from raydiff.pipelines.prompt_cache import EncodedPrompt
-
-Encode = Callable[[Sequence[str]], list[EncodedPrompt]]
+from raydiff.weights.resolve import resolve_model
 
 MAX_WAITING = 64
 """Requests that are held at once; more are told to come again."""
@@ -32,18 +34,42 @@ CHUNK_BYTES = 2**16
 MIN_TOKEN_LENGTH = 16
 
 
+def serve_encoder(
+    server: "EncoderServer",
+    *,
+    model: ModelConfig,
+    memory: MemoryConfig,
+    on_ready: Callable[[ServiceInfo], None],
+) -> None:
+    """Load a checkpoint's text encoder and answer until the server is shut down; requests that
+    come meanwhile wait. Raises ModelError for a checkpoint that is not LTX-2's.
+    """
+    info = resolve_model(
+        model.name, revision=model.revision, variant=model.variant, dtype=model.dtype
+    )
+    if info.video is None:
+        raise ModelError(
+            f"{model.name}: this is {info.family}; only LTX-2's workers ask an encoder service. "
+            "For images, engine.stages=split encodes elsewhere"
+        )
+    pipeline = load_pipeline(info, config=model, memory=memory, stages=["encode"])
+    about = ServiceInfo(model=info.name, revision=info.revision, dtype=pipeline.dtype_name)
+    on_ready(about)
+    server.serve(about, pipeline)
+
+
 class EncoderServer(ThreadingHTTPServer):
-    """Listens from when it is made; `serve_forever` answers."""
+    """Listens from when it is made on; `serve` answers."""
 
     daemon_threads = True
+    about: ServiceInfo
+    pipeline: Pipeline
 
-    def __init__(
-        self, host: str, port: int, *, about: ServiceInfo, encode: Encode, token: str | None
-    ) -> None:
-        """`encode` is called from one thread. Without a token anyone who reaches `host` may ask.
+    def __init__(self, host: str, port: int, *, token: str | None) -> None:
+        """Without a token anyone who reaches `host` may ask.
 
-        Raises ConfigError for an address that cannot be had, and for one beyond this machine
-        without a token.
+        Raises ConfigError for an address that cannot be had, for one beyond this machine without a
+        token, and for a token that is easily guessed.
         """
         if token is None and not _is_loopback(host):
             raise ConfigError(
@@ -63,12 +89,21 @@ class EncoderServer(ThreadingHTTPServer):
             raise ConfigError(
                 f"--host {host} --port {port}: cannot listen there: {error}. Choose another one"
             ) from None
-        self.about = about
-        self.encode = encode
         self.token = token
         self.waiting = BoundedSemaphore(MAX_WAITING)
         # One thread: what computes is not thread-safe, and texts get what they would get alone.
         self.encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+
+    def serve(self, about: ServiceInfo, pipeline: Pipeline) -> None:
+        """Answer with what a pipeline encodes, until `shutdown`."""
+        self.about = about
+        self.pipeline = pipeline
+        self.serve_forever()
+
+    def encode(self, texts: Sequence[str]) -> list[EncodedPrompt]:
+        """Encode texts; called in the encode thread."""
+        with self.pipeline.fitting(f"{len(texts)} texts"):
+            return self.pipeline.encode_texts(texts)
 
     @property
     def url(self) -> str:
