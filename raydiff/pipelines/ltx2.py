@@ -20,13 +20,14 @@ from raydiff.memory.residency import Residency
 from raydiff.models.ltx2.rope import LatentSize
 from raydiff.models.ltx2.vocoder import Vocoder, VocoderWithBWE
 from raydiff.output.audio import Audio
-from raydiff.pipelines.base import Decoded, Denoised, Pipeline
+from raydiff.pipelines.base import Decoded, Denoised, Pipeline, joined
 from raydiff.pipelines.ltx2_components import ClipLatents, LTX2Components, LTX2Embeds, unpack
 from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_denoise import Denoising
 from raydiff.pipelines.ltx2_text import encode_text
 from raydiff.pipelines.prompt_cache import EncodedPrompt, PromptCache
 from raydiff.pipelines.stable_diffusion import ATTENTION_BACKENDS
+from raydiff.pipelines.text_backends import UNREAD
 from raydiff.request import ModelInfo, RenderRequest, batch_key, row_guidance
 from raydiff.video_settings import VideoSettings
 
@@ -77,7 +78,10 @@ class LTX2Pipeline(Pipeline):
             prompts=tuple(request.prompt for request in requests),
             negative_prompts=tuple(map(_negative_text, requests)),
             encoded={text: encoded[text] for text in texts},
-            warnings=tuple(self._truncation_warning(request, encoded) for request in requests),
+            warnings=tuple(
+                joined(_noise_warning(request), self._truncation_warning(request, encoded))
+                for request in requests
+            ),
         )
 
     @torch.inference_mode()
@@ -186,6 +190,11 @@ def _settings(request: RenderRequest) -> VideoSettings:
     if request.video is None:
         raise ValueError("a request for an image; LTX-2 makes clips")
     return request.video
+
+
+def _noise_warning(request: RenderRequest) -> str | None:
+    """Noise in the place of a text is never silent, whichever worker made it."""
+    return UNREAD if _settings(request).text_encoder == "random" else None
 
 
 def _texts(request: RenderRequest) -> list[str]:
