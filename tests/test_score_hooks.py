@@ -26,6 +26,15 @@ def test_a_blurred_image_is_less_sharp() -> None:
     assert sharpness(pixels[:2], {}) is None
 
 
+def test_a_clip_of_equal_frames_scores_as_its_frame() -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    clip = np.stack([pixels] * 3)  # (F, H, W, 3)
+    assert brightness(clip, {}) == pytest.approx(brightness(pixels, {}))
+    assert sharpness(clip, {}) == pytest.approx(sharpness(pixels, {}))
+    assert sharpness(clip[:, :2], {}) is None
+    assert contrast(clip, {}) == pytest.approx(contrast(pixels, {}))
+
+
 def test_contrast_counts_clipped_pixels() -> None:
     pixels = np.full((4, 4, 3), 100, np.uint8)
     pixels[0], pixels[1, 0] = 255, 0

@@ -13,7 +13,8 @@ from raydiff.engine.worker import Failure, attempt
 from raydiff.errors import ConfigError, nearest
 
 Hook = Callable[..., Any]
-"""Takes pixels (uint8 (H, W, 3)) and the file's metadata row, returns a value or a dict."""
+"""Takes pixels, uint8 (H, W, 3) or a clip's (F, H, W, 3), and the file's metadata row; returns a
+value or a dict."""
 
 
 def find_hook(path: str, arguments: dict[str, Any], import_dir: str) -> Hook:

@@ -12,9 +12,10 @@ import numpy as np
 from raydiff.engine.hook import find_hook, make_hook
 from raydiff.engine.messages import WorkerHealth, WorkerInfo
 from raydiff.engine.worker import Failure, attempt
-from raydiff.errors import ConfigError, RowError
-from raydiff.output.frames import read_image
-from raydiff.output.media_files import is_video, media_name, open_media
+from raydiff.errors import ConfigError
+from raydiff.output.clip_reader import open_clip
+from raydiff.output.frames import Pixels, read_image
+from raydiff.output.media_files import MediaError, is_clip, media_name, open_media
 from raydiff.output.scores import FileScore, Value, columns_of
 from raydiff.output.storage import open_storage
 
@@ -91,9 +92,14 @@ class ScoreWorker:
         return FileScore(request_id=row["request_id"], values=values)
 
     def _values(self, row: dict[str, Any]) -> dict[str, Value]:
-        if is_video(media_name(row)):
-            raise RowError("a video; hooks score images")
+        return columns_of(self._spec.name, self._hook(self._pixels(row), row))
+
+    def _pixels(self, row: dict[str, Any]) -> Pixels:
+        if is_clip(media_name(row)):
+            with open_clip(self._out, row) as clip:
+                frames = list(clip.frames())
+            if not frames:
+                raise MediaError("no frame can be decoded")
+            return np.stack(frames)  # (F, H, W, 3)
         with open_media(self._out, row) as file:
-            image = read_image(file)
-        pixels = np.array(image, dtype=np.uint8)  # (H, W, 3)
-        return columns_of(self._spec.name, self._hook(pixels, row))
+            return np.array(read_image(file), dtype=np.uint8)  # (H, W, 3)

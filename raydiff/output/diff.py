@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from raydiff.output.frames import Pixels, read_frames, read_image, sound_digest
+from raydiff.output.clip_reader import open_clip
+from raydiff.output.frames import Pixels, read_image
 from raydiff.output.matching import BY_REQUEST, Row, match, read_side
 from raydiff.output.media_files import (
     MediaError,
     check_media,
     describe_media,
-    is_video,
+    is_clip,
     media_name,
     open_media,
 )
@@ -190,15 +191,15 @@ class _Verdict(NamedTuple):
 
 
 class _Image(NamedTuple):
-    """The image or video of one run's row, by the name of its side."""
+    """The image or clip of one run's row, by the name of its side."""
 
     side: str
     out: Storage
     row: Row
 
     @property
-    def is_video(self) -> bool:
-        return is_video(media_name(self.row))
+    def is_clip(self) -> bool:
+        return is_clip(media_name(self.row))
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -220,14 +221,14 @@ class _Image(NamedTuple):
             return np.asarray(read_image(file))
 
     def frames(self) -> Iterator[Pixels]:
-        """Yield the video's frames, uint8 (H, W, 3). Raises MediaError."""
-        with self.named(), open_media(self.out, self.row) as file:
-            yield from read_frames(file)
+        """Yield the clip's frames, uint8 (H, W, 3). Raises MediaError."""
+        with self.named(), open_clip(self.out, self.row) as clip:
+            yield from clip.frames()
 
     def sound(self) -> str | None:
-        """Return a hash of the video's sound. Raises MediaError."""
-        with self.named(), open_media(self.out, self.row) as file:
-            return sound_digest(file)
+        """Return a hash of the clip's sound. Raises MediaError."""
+        with self.named(), open_clip(self.out, self.row) as clip:
+            return clip.sound_digest()
 
 
 def _judge(left: _Image, right: _Image) -> _Verdict:
@@ -244,14 +245,14 @@ def _judge(left: _Image, right: _Image) -> _Verdict:
         right.check()
         if left.row["sha256"] == right.row["sha256"]:
             return _Verdict("equal")
-        return _compare_videos(left, right) if left.is_video else _compare_images(left, right)
+        return _compare_clips(left, right) if left.is_clip else _compare_images(left, right)
     except MediaError as error:
         return _Verdict("missing_file" if error.is_missing else "broken_file", str(error))
 
 
 def _compare_images(left: _Image, right: _Image) -> _Verdict:
-    if right.is_video:
-        return _Verdict("different_size", "an image and a video")
+    if right.is_clip:
+        return _Verdict("different_size", "an image and a clip")
     frames = FrameComparison()
     one, other = left.pixels(), right.pixels()
     if one.shape != other.shape:
@@ -260,9 +261,9 @@ def _compare_images(left: _Image, right: _Image) -> _Verdict:
     return _verdict(frames.result())
 
 
-def _compare_videos(left: _Image, right: _Image) -> _Verdict:
-    if not right.is_video:
-        return _Verdict("different_size", "a video and an image")
+def _compare_clips(left: _Image, right: _Image) -> _Verdict:
+    if not right.is_clip:
+        return _Verdict("different_size", "a clip and an image")
     frames = FrameComparison()
     num_frames = 0
     for one, other in zip_longest(left.frames(), right.frames()):

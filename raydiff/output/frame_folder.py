@@ -5,8 +5,9 @@ The index is written last: with it, the folder is whole.
 
 import hashlib
 import json
+import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -15,11 +16,11 @@ from typing import Any
 from raydiff.config import OutputConfig
 from raydiff.output.clip import Clip, Frame
 from raydiff.output.media import encode_image
-from raydiff.output.media_files import MediaError
+from raydiff.output.media_files import MediaError, read_media
 from raydiff.output.media_store import MediaStore
-from raydiff.output.storage import Storage, open_storage
+from raydiff.output.storage import Storage
 
-INDEX_NAME = "frames.json"
+FRAME_NAME = re.compile(r"\d{5,}\.png")
 
 
 def write_frames(
@@ -60,7 +61,10 @@ def read_frames_index(data: bytes) -> dict[str, Any]:
     try:
         index = json.loads(data)
         Fraction(index["frame_rate"])
-        is_whole = len(index["files"]) == index["num_frames"]
+        is_whole = len(index["files"]) == index["num_frames"] > 0 and all(
+            FRAME_NAME.fullmatch(one["name"]) and one["sha256"] and one["size_bytes"] > 0
+            for one in index["files"]
+        )
     except (ValueError, KeyError, TypeError):
         is_whole = False
     if not is_whole:
@@ -68,19 +72,14 @@ def read_frames_index(data: bytes) -> dict[str, Any]:
     return dict(index)
 
 
-def check_frames(out: str | Path | Storage, index_name: str) -> None:
-    """Read every frame that an index names and compare its hash. Raises MediaError."""
-    storage = open_storage(out)
-    folder = index_name.rpartition("/")[0]
-    try:
-        for entry in read_frames_index(storage.read(index_name))["files"]:
-            name = f"{folder}/{entry['name']}"
-            if hashlib.sha256(storage.read(name)).hexdigest() != entry["sha256"]:
-                raise MediaError(f"{name}: not what its index says")
-    except FileNotFoundError as error:
-        raise MediaError(f"{error.filename}: missing", is_missing=True) from None
-    except OSError as error:
-        raise MediaError(f"cannot be read: {error.strerror or error}") from None
+def frame_rows(out: str | Path | Storage, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what the index that a row names says of each frame's file, as a row of its own:
+    file_name, sha256, size_bytes. Raises MediaError."""
+    folder = row["file_name"].rpartition("/")[0]
+    return [
+        {**entry, "file_name": f"{folder}/{entry['name']}"}
+        for entry in read_frames_index(read_media(out, row))["files"]
+    ]
 
 
 def _index_bytes(clip: Clip, files: list[dict[str, Any]]) -> bytes:

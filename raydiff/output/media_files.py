@@ -16,6 +16,9 @@ MEDIA_COLUMNS = ("file_name", "size_bytes", "member", "offset")
 """What a row says of where its image lies; `member` and `offset` are null for a file of its own,
 and absent in the metadata of old versions."""
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
+FRAMES_INDEX = "frames.json"
+"""What a row names of a clip that is a folder of frames."""
+CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".gif", ".json")
 
 Row = Mapping[str, Any]
 
@@ -42,8 +45,19 @@ def describe_media(row: Row) -> str | None:
 
 
 def is_video(name: str) -> bool:
-    """Tell a video from an image by its name."""
+    """Tell a video from an image by its name; a GIF is the latter, as browsers and datasets see
+    it."""
     return name.lower().endswith(VIDEO_SUFFIXES)
+
+
+def is_frames_index(name: str) -> bool:
+    """Tell the index of a folder of frames by its name."""
+    return name.endswith(f"/{FRAMES_INDEX}")
+
+
+def is_clip(name: str) -> bool:
+    """Tell what has frames from an image by its name."""
+    return name.lower().endswith(CLIP_SUFFIXES)
 
 
 def with_media_columns(table: pa.Table) -> pa.Table:

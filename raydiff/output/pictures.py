@@ -1,13 +1,13 @@
-"""What a cell of a contact sheet shows: an image, a strip of a video's frames, or an error."""
+"""What a cell of a contact sheet shows: an image, a strip of a clip's frames, or an error."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image
 
-from raydiff.output.frames import count_frames, read_frames, read_image
-from raydiff.output.media_files import MediaError, describe_media, is_video, media_name, open_media
+from raydiff.output.clip_reader import open_clip
+from raydiff.output.frames import Pixels, read_image
+from raydiff.output.media_files import MediaError, describe_media, is_clip, media_name, open_media
 from raydiff.output.sheet_grid import Row
 from raydiff.output.storage import Storage
 
@@ -29,13 +29,14 @@ class Picture:
 
 
 def make_picture(out: str | Path | Storage, row: Row, frame: Box, num_frames: int) -> Picture:
-    """Return the picture of a metadata row; `frame` bounds an image, or each frame of a video."""
+    """Return the picture of a metadata row; `frame` bounds an image, or each frame of a clip."""
     if row["status"] != "completed":
         return Picture(problem=row["status"], message=row["error"] or "")
     try:
+        if is_clip(media_name(row)):
+            with open_clip(out, row) as clip:
+                return Picture(image=_strip(clip.spread(num_frames), frame))
         with open_media(out, row) as file:
-            if is_video(media_name(row)):
-                return Picture(image=_strip(file, frame, num_frames))
             return Picture(image=fitted(read_image(file, max_size=frame), frame))
     except MediaError as error:
         problem = "missing" if error.is_missing else "broken"
@@ -59,18 +60,9 @@ def fitted(image: Image.Image, box: Box) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
 
 
-def _strip(file: BinaryIO, frame: Box, num_frames: int) -> Image.Image:
-    """Return frames of a video, evenly spread from its first to its last, side by side."""
-    last = count_frames(file) - 1
-    steps = max(num_frames - 1, 1)
-    wanted = {round(last * number / steps) for number in range(num_frames)}
-    pictures = [
-        fitted(Image.fromarray(pixels), frame)
-        for index, pixels in enumerate(read_frames(file))
-        if index in wanted
-    ]
-    if not pictures:
-        raise MediaError("no frame can be decoded")
+def _strip(frames: list[Pixels], frame: Box) -> Image.Image:
+    """Return frames of a clip side by side."""
+    pictures = [fitted(Image.fromarray(pixels), frame) for pixels in frames]
     width, height = pictures[0].size
     strip = Image.new("RGB", strip_size((width, height), len(pictures)), "white")
     for number, picture in enumerate(pictures):

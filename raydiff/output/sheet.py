@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from raydiff.errors import ConfigError
 from raydiff.output.lettering import Colour, Lettering, Paragraph
-from raydiff.output.media_files import VIDEO_SUFFIXES
+from raydiff.output.media_files import is_clip
 from raydiff.output.pictures import Box, Picture, fitted_size, make_picture, strip_size
 from raydiff.output.sheet_grid import COMPARED_COLUMNS, Cell, Row, SheetGrid, label
 from raydiff.output.storage import Storage, open_storage
@@ -60,7 +60,7 @@ class Sheet:
         num_frames: int = 4,
         num_threads: int = 4,
     ) -> None:
-        """Lay the pages out. `cell_size` is the longer side of an image, or of a video's frame.
+        """Lay the pages out. `cell_size` is the longer side of an image, or of a clip's frame.
 
         Raises ConfigError if there would be more than MAX_PAGES pages.
         """
@@ -305,7 +305,7 @@ def _boxes(grid: SheetGrid, cell_size: int, num_frames: int) -> tuple[Box, Box]:
     for width, height, ending in grid.picture_shapes():
         frame = fitted_size((width, height), square)
         frames.append(frame)
-        cells.append(strip_size(frame, num_frames) if ending in VIDEO_SUFFIXES else frame)
+        cells.append(strip_size(frame, num_frames) if is_clip(ending) else frame)
     return _around(frames or [square]), _around(cells or [square])
 
 

@@ -18,8 +18,9 @@ from raydiff.output.atomic import REMEDIES
 from raydiff.output.audio import fit_audio
 from raydiff.output.clip import Clip, Frame, iterate_frames
 from raydiff.output.encoders import check_encoders
-from raydiff.output.frame_folder import INDEX_NAME, write_frames
+from raydiff.output.frame_folder import write_frames
 from raydiff.output.gif import MAX_FRAME_RATE, encode_gif
+from raydiff.output.media_files import FRAMES_INDEX
 from raydiff.output.media_store import (
     VIDEOS_DIR,
     MediaStore,
@@ -107,7 +108,7 @@ def video_name(request_id: str, config: OutputConfig) -> str:
     Raises DiskError for anything but 32 hex digits.
     """
     path = media_path(VIDEOS_DIR, request_id)
-    return f"{path}/{INDEX_NAME}" if config.video == "frames" else f"{path}.{config.video}"
+    return f"{path}/{FRAMES_INDEX}" if config.video == "frames" else f"{path}.{config.video}"
 
 
 def check_clip(clip: Clip, config: OutputConfig) -> None:

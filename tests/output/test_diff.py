@@ -207,7 +207,7 @@ def test_videos_that_cannot_be_compared(film_run, tmp_path: Path) -> None:
     assert said["smaller"] == ("different_size", "48x32 and 48x16")
     assert said["broken"][0] == "broken_file"
     assert said["broken"][1].startswith("right videos/film.mp4")
-    assert said["image"] == ("different_size", "a video and an image")
+    assert said["image"] == ("different_size", "a clip and an image")
     assert said["loud"] == ("different", "the sound differs")
     (difference,) = RunDiff(loud, louder)
     assert difference.message == "the sound differs"

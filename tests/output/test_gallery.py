@@ -17,6 +17,7 @@ from raydiff.errors import OutputError
 from raydiff.output.gallery.build import Gallery
 from raydiff.output.gallery.chunks import chunk_script, describe_columns, plain_columns
 from raydiff.output.gallery.thumbnails import thumbnail
+from raydiff.output.storage import open_storage
 from tests.gallery_run import (
     image_bytes,
     picture,
@@ -211,8 +212,7 @@ def test_thumbnails_look_like_their_pictures(tmp_path: Path) -> None:
     (tmp_path / "f.webm").write_bytes(video_bytes(3))
     shown = {}
     for path in sorted(tmp_path.iterdir()):
-        with path.open("rb") as file:
-            data = thumbnail(file, is_video=path.suffix == ".webm")
+        data = thumbnail(open_storage(tmp_path), {"file_name": path.name})
         assert len(data) < 30_000
         (tmp_path / "out.jpg").write_bytes(data)
         with Image.open(tmp_path / "out.jpg") as image:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from raydiff.config import OutputConfig, load_config
 from raydiff.errors import ConfigError, DiskError, OutOfMemoryError, RowError
 from raydiff.output.audio import Audio, fit_audio
 from raydiff.output.clip import Clip, exact_rate
-from raydiff.output.frame_folder import check_frames, read_frames_index
+from raydiff.output.clip_reader import open_clip
+from raydiff.output.frame_folder import read_frames_index
 from raydiff.output.frames import read_frames
 from raydiff.output.media_files import MediaError
 from raydiff.output.media_store import WrittenFile, remove_stale_files, wav_name
-from raydiff.output.storage import open_storage
+from raydiff.output.storage import Storage, open_storage
 from raydiff.output.video import VideoWriter
 from raydiff.output.video_info import VideoInfo, read_video_info
 from raydiff.output.wav import encode_wav, read_wav
@@ -84,6 +85,11 @@ def save(out: Path, config: OutputConfig, clip: Clip, chunk: int = 4) -> Written
     frames = make_frames(clip.num_frames, clip.height, clip.width)
     starts = range(0, len(frames), chunk)
     return VideoWriter(out, config).save(clip, (frames[at : at + chunk] for at in starts))
+
+
+def read_clip(out: Path | Storage, written: WrittenFile) -> np.ndarray:
+    with open_clip(out, asdict(written)) as clip:
+        return np.stack(list(clip.frames()))
 
 
 def info_of(path: Path) -> VideoInfo:
@@ -250,16 +256,31 @@ def test_frames_are_exact_and_listed(tmp_path):
     for name, frame in zip(names, make_frames(9, 33, 17), strict=True):
         with Image.open(tmp_path / name) as image:
             np.testing.assert_array_equal(np.asarray(image), frame)
-    check_frames(tmp_path, written.file_name)
-    (tmp_path / names[3]).write_bytes((tmp_path / names[4]).read_bytes())
-    with pytest.raises(MediaError, match=r"00003\.png: not what"):
-        check_frames(tmp_path, written.file_name)
+    (tmp_path / names[3]).write_bytes(b"not a PNG")
+    with pytest.raises(MediaError, match=r"00003\.png: not a PNG"):
+        read_clip(tmp_path, written)
     (tmp_path / names[3]).unlink()
-    with pytest.raises(MediaError, match=r"00003\.png: missing"):
-        check_frames(tmp_path, written.file_name)
-    (tmp_path / written.file_name).write_bytes(b"{}")
-    with pytest.raises(MediaError, match="not an index"):
-        check_frames(tmp_path, written.file_name)
+    with pytest.raises(MediaError, match=r"00003\.png: the file is missing"):
+        read_clip(tmp_path, written)
+    for wrong in ({}, {**index, "num_frames": 8}, {**index, "files": [{"name": "../x.png"}] * 9}):
+        (tmp_path / written.file_name).write_text(json.dumps(wrong))
+        with pytest.raises(MediaError, match="not an index"):
+            read_clip(tmp_path, written)
+
+
+@pytest.mark.parametrize("video", ["mp4", "webm", "gif", "frames"])
+def test_a_clip_is_read_back_whatever_its_format(video, tmp_path):
+    clip = make_clip(9, Fraction(8), audio=make_audio(9 / 8, 24_000))
+    config = OutputConfig(video=video, wav=True)
+    written = save(tmp_path, config, clip)
+    wanted = make_frames(9)
+    with open_clip(tmp_path, asdict(written)) as read:
+        frames = np.stack(list(read.frames())).astype(int)
+        assert np.abs(frames - wanted).mean() < (5 if video != "frames" else 0.5)
+        assert np.array_equal(read.spread(3), frames[[0, 4, 8]])
+        for still in (read.still(), *read.spread(1)):
+            assert min(np.abs(still - frame.astype(int)).mean() for frame in wanted) < 5
+        assert (read.sound_digest() is None) == (video == "gif")
 
 
 NOT_FINITE = Audio(samples=np.full((2, 9), np.nan, np.float32), sample_rate=24_000)
@@ -483,7 +504,7 @@ def test_clips_are_written_to_an_object_store(monkeypatch, tmp_path):
             written = VideoWriter(storage.uri, config).save(clip, [frames])
             data = storage.read(written.file_name)
             assert hashlib.sha256(data).hexdigest() == written.sha256
-        check_frames(storage.uri, written.file_name)
+        assert np.array_equal(read_clip(storage, written), make_frames(5))
         assert storage.size(f"videos/ab/{REQUEST_ID}.wav") > 0
         mp4 = storage.read(f"videos/ab/{REQUEST_ID}.mp4")
         assert read_video_info(io.BytesIO(mp4)).num_frames == 5

@@ -1,4 +1,4 @@
-"""Small JPEG pictures of a run's images and videos, each made once and named by its request.
+"""Small JPEG pictures of a run's images and clips, each made once and named by its request.
 
 One file each, not sheets of many: a filtered or sorted page shows results from everywhere, and
 would hold a decoded sheet of 16 MB for each of them. JPEG, since WebP would save a quarter of the
@@ -14,26 +14,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import av
 from PIL import Image, UnidentifiedImageError
 
 from raydiff.output.atomic import disk_error, replace_file
+from raydiff.output.clip_reader import open_clip
+from raydiff.output.frames import IMAGE_FORMATS
 from raydiff.output.media_files import (
     MEDIA_COLUMNS,
     MediaError,
-    is_video,
+    Row,
+    is_clip,
     media_name,
     open_media,
 )
 from raydiff.output.media_store import REQUEST_ID
-from raydiff.output.storage import open_storage
+from raydiff.output.storage import Storage, open_storage
 
 SIZE = 256
 QUALITY = 80
 THUMBNAILS_DIR = "thumbnails"
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 FILES_IN_FLIGHT = 64
 MediaPlace = tuple[Any, ...]
 """The values of MEDIA_COLUMNS: less memory than a row, of which there may be millions."""
@@ -42,9 +43,9 @@ PENDING = ""
 
 _UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
-    *(Image.DecompressionBombError, av.error.FFmpegError),
+    Image.DecompressionBombError,
 )
-"""What Pillow and PyAV raise for a file that is not what its name says."""
+"""What Pillow raises for a file that is not what its name says."""
 
 
 class Thumbnails:
@@ -115,8 +116,7 @@ class Thumbnails:
             return "its request_id is not one"
         try:
             row = dict(zip(MEDIA_COLUMNS, place, strict=True))
-            with open_media(self._out, row) as file:
-                data = thumbnail(file, is_video=is_video(media_name(row)))
+            data = thumbnail(self._out, row)
         except MediaError as error:
             return str(error)
         except UnidentifiedImageError:
@@ -132,13 +132,17 @@ class Thumbnails:
         return None
 
 
-def thumbnail(file: BinaryIO, *, is_video: bool) -> bytes:
-    """Return a picture of an image or a video as JPEG, at most SIZE pixels wide and high."""
-    if is_video:
-        picture = _frame(file)
+def thumbnail(out: Storage, row: Row) -> bytes:
+    """Return a picture of a row's image or clip as JPEG, at most SIZE pixels wide and high.
+
+    Raises MediaError, or what Pillow raises for a file that is not an image.
+    """
+    if is_clip(media_name(row)):
+        with open_clip(out, row) as clip:
+            picture = Image.fromarray(clip.still())
         picture.thumbnail((SIZE, SIZE))
     else:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
+        with open_media(out, row) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             image.thumbnail((SIZE, SIZE))  # decodes a JPEG at a fraction of its size
             image.load()
             picture = _opaque(image)
@@ -155,16 +159,3 @@ def _opaque(image: Image.Image) -> Image.Image:
     over = image.convert("RGBA")
     white = Image.new("RGBA", over.size, "white")
     return Image.alpha_composite(white, over).convert("RGB")
-
-
-def _frame(file: BinaryIO) -> Image.Image:
-    """Return the key frame before a third of a video: the first is black in many."""
-    with av.open(file) as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        if container.duration:
-            container.seek(container.duration // 3)
-        for frame in container.decode(video=0):
-            picture: Image.Image = frame.to_image()
-            return picture
-    raise ValueError("it has no frame")

@@ -115,7 +115,8 @@ class Store {
   /* A browser cannot look into a shard: what it can show of one is the thumbnail. */
   fileUrl(row) {
     if (this.inShard(row)) return this.thumbnailUrl(row);
-    const name = this.value("file_name", row);
+    // Of a folder of frames a page shows the first.
+    const name = this.value("file_name", row)?.replace(/\/frames\.json$/, "/00000.png") ?? null;
     return name === null ? null : this.status.root + name.split("/").map(encodeURIComponent).join("/");
   }
 
