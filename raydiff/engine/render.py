@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raydiff.config import RunConfig
+from raydiff.config import LTX2Config, RunConfig
 from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
@@ -90,14 +90,13 @@ def render(
     models = known_models(config.model)
     # Where rows name no model it is this one: a worker can load it before its first batch.
     preload = None if "model" in opened.schema.names else models(config.model.name)
-    keeps_embeds = config.engine.embeds_on_disk and config.out is not None
+    keeps_embeds = config.engine.embeds_on_disk
     arguments = {
         "model": config.model,
         "memory": config.memory,
-        "ltx2": config.ltx2,
+        "ltx2": _for_workers(config.ltx2),
         "preload": preload,
-        # Absolute: a worker's folder is another one than this process's.
-        "embeds_in": open_storage(config.out or "").uri if keeps_embeds else None,
+        "embeds_in": _absolute(config.out) if keeps_embeds else None,
     }
     return run_manifest(
         opened,
@@ -297,6 +296,15 @@ def _check_encoders(manifest: Manifest, config: RunConfig, models: KnownModels) 
 
 def _num_write_threads(placement: StagePlacement) -> int:
     return min(MAX_WRITE_THREADS, placement.num_threads)
+
+
+def _for_workers(ltx2: LTX2Config) -> LTX2Config:
+    return ltx2.model_copy(update={"embeds": _absolute(ltx2.embeds)})
+
+
+def _absolute(place: str | None) -> str | None:
+    """A worker's folder is another one than this process's."""
+    return None if place is None else open_storage(place).uri
 
 
 def _start(manifest: Manifest, config: RunConfig, models: KnownModels) -> Run:
