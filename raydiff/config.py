@@ -41,7 +41,8 @@ class ModelConfig(Section):
     vae_dtype: DTypeName = "auto"
     """auto is `dtype`, except float32 where `dtype` is float16 (SDXL's decoder overflows in it)."""
     compile: bool = False
-    """torch.compile the UNet and the VAE decoder: slow to start, faster for long runs on CUDA."""
+    """torch.compile the UNet and the VAE decoder, or the transformer's blocks: slow to start, faster
+    for long runs on CUDA."""
 
 
 class LTX2Config(Section):
@@ -250,6 +251,7 @@ class OutputConfig(Section):
 
 
 SweepValue = bool | int | float | str | None
+SweepValues = tuple[SweepValue | tuple[int, ...], ...]
 
 
 class SweepConfig(Section):
@@ -261,8 +263,9 @@ class SweepConfig(Section):
     """Folder with a file NAME.txt for each __NAME__, a text a line."""
     choices: Literal["all", "random"] = "all"
     """Every text that a template gives is a value of its own, or each row takes one by chance."""
-    grid: dict[str, SweepValue | tuple[SweepValue, ...]] = Field(default_factory=dict)
-    """Values by column: a list, or text as on the command line (`3,5,7.5`)."""
+    grid: dict[str, SweepValue | SweepValues] = Field(default_factory=dict)
+    """Values by column: a list (of lists for stg_blocks), or text as on the command line
+    (`3,5,7.5`)."""
     seeds: int | str | tuple[int | str, ...] | None = None
     """Seeds, e.g. `0-9` or [1, 2, 3]."""
     mode: Literal["cartesian", "zip", "random"] = "cartesian"
@@ -293,6 +296,16 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     memory: MemoryConfig = MemoryConfig()
     output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _keeps_what_it_encodes(self) -> Self:
+        if self.engine.embeds_on_disk and self.ltx2.text_encoder != "gemma3":
+            raise ValueError(
+                "engine.embeds_on_disk keeps what the run's own text encoders make, and "
+                f"ltx2.text_encoder is {self.ltx2.text_encoder}. Leave one of them out; "
+                "`raydiff encode` fills a folder for later runs"
+            )
+        return self
 
 
 def load_config(

@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -257,17 +257,29 @@ def with_request_id(request: RenderRequest) -> RenderRequest:
     values = {name: getattr(request, name) for name in _REQUEST_FIELDS}
     identity = {**values, "recipe": RECIPE_VERSION}
     del identity["request_id"], identity["init_image"], identity["video"]
-    if request.video is not None:  # Images keep the identities from before there were clips.
-        identity["video"] = asdict(request.video)
     if request.model_revision.startswith("local-"):
         del identity["model"]
     for name in ("guidance_scale", "guidance_rescale", "strength"):
-        if identity[name] is not None:
-            identity[name] = float(identity[name]) + 0.0  # 7 is 7.0, and -0.0 is 0.0
+        identity[name] = _plain_float(identity[name])
+    if request.video is not None:  # Images keep the identities from before there were clips.
+        identity["video"] = _video_identity(request.video)
     digest = hashlib.blake2b(_CANONICAL_JSON.encode(identity).encode(), digest_size=16)
     return RenderRequest(**{**values, "request_id": digest.hexdigest()})
 
 
+def _video_identity(video: VideoSettings) -> dict[str, Any]:
+    values = {name: getattr(video, name) for name in _VIDEO_FIELDS}
+    floats = {name: _plain_float(values[name]) for name in _VIDEO_FLOATS}
+    return {**values, **floats, "stg_blocks": sorted(set(video.stg_blocks))}
+
+
+def _plain_float(value: float | None) -> float | None:
+    """Return what is written alike for equal values: 7 is 7.0, and -0.0 is 0.0."""
+    return None if value is None else float(value) + 0.0
+
+
 # Made once: a manifest of a million rows asks for a million identities.
 _REQUEST_FIELDS = tuple(field.name for field in fields(RenderRequest))
+_VIDEO_FIELDS = tuple(field.name for field in fields(VideoSettings))
+_VIDEO_FLOATS = tuple(field.name for field in fields(VideoSettings) if field.type is float)
 _CANONICAL_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))

@@ -135,6 +135,16 @@ def test_equal_numbers_are_equal_requests() -> None:
     assert identity(whole) == identity(real)
 
 
+def test_equal_settings_are_equal_clips() -> None:
+    floats = {field.name for field in fields(VideoSettings) if field.type is float}
+    assert len(floats) == 7
+    real = replace(VIDEO, **dict.fromkeys(floats, 7.0), stg_blocks=(28, 29))
+    whole = replace(VIDEO, **dict.fromkeys(floats, 7), stg_blocks=(29, 28, 29))
+    assert identity(replace(REQUEST, video=whole)) == identity(replace(REQUEST, video=real))
+    none, minus = (replace(VIDEO, **dict.fromkeys(floats, zero)) for zero in (0, -0.0))
+    assert identity(replace(REQUEST, video=none)) == identity(replace(REQUEST, video=minus))
+
+
 @pytest.mark.parametrize("prompt", ["", "\0", "a\nb", "../../etc/passwd", "\ud800", "x" * 100_000])
 def test_any_text_is_a_prompt(prompt: str) -> None:
     assert len(identity(replace(REQUEST, prompt=prompt))) == 32

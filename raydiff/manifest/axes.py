@@ -11,11 +11,17 @@ import pyarrow as pa
 from raydiff.errors import ConfigError, RowError
 from raydiff.manifest.schema import COLUMNS, check_value, quoted
 
-AxisValue = bool | int | float | str | None
+AxisValue = bool | int | float | str | tuple[int, ...] | None
 MAX_LISTED = 1_000_000
 """Values that an axis may list; a single range may have more, it is not held."""
 NUM_SHOWN = 6
 
+_TYPES = {
+    "text": pa.string(),
+    "whole number": pa.int64(),
+    "number": pa.float64(),
+    "whole numbers": pa.list_(pa.int64()),
+}
 _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
 _WHOLE = re.compile(r"-?(?:0|[1-9]\d{0,17})")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,14})(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?")
@@ -50,7 +56,7 @@ class Axis:
         if isinstance(self.values, range):
             step = f":{self.values.step}" if self.values.step > 1 else ""
             return f"{self.values.start}-{self.values.stop - 1}{step}"
-        shown = [as_text(value, "null") for value in self.values[:NUM_SHOWN].to_pylist()]
+        shown = [_shown(value) for value in self.values[:NUM_SHOWN].to_pylist()]
         more = self.num_values - len(shown)
         return ", ".join(text[:40] for text in shown) + (f", ... {more} more" if more else "")
 
@@ -64,9 +70,10 @@ class Axis:
 def make_axis(name: str, given: AxisValue | Sequence[AxisValue]) -> Axis:
     """Return the axis of a column; a text is read as on the command line: `3,5,7.5`, `0-9`.
 
-    Commas part values, double quotes hold text together, null is no value, and a column of whole
-    numbers takes ranges `first-last` and `first-last:step`. Raises ConfigError for an empty
-    axis, a value twice, and a value that breaks its column's rule.
+    Commas part values, double quotes hold text together (`29,"28,29"` are two lists of blocks),
+    null is no value, and a column of whole numbers or of lists of them takes ranges `first-last`
+    and `first-last:step`. Raises ConfigError for an empty axis, a value twice, and a value that
+    breaks its column's rule.
     """
     column = COLUMNS.get(name)
     kind = column.kind if column else None
@@ -78,7 +85,7 @@ def make_axis(name: str, given: AxisValue | Sequence[AxisValue]) -> Axis:
         values = [given]
     if not values:
         raise ConfigError(f"axis {name} has no values. Give it some: {name}=VALUE,VALUE")
-    if kind == "whole number":
+    if kind in ("whole number", "whole numbers"):
         ranges = [_range(name, value) if isinstance(value, str) else value for value in values]
         if len(ranges) == 1 and isinstance(ranges[0], range):
             _check_known(name, [ranges[0].start, ranges[0].stop - 1])
@@ -88,21 +95,32 @@ def make_axis(name: str, given: AxisValue | Sequence[AxisValue]) -> Axis:
         raise ConfigError(
             f"axis {name}: true and false are neither text nor numbers. Write them in quotes."
         )
+    if kind != "whole numbers" and any(isinstance(value, list | tuple) for value in values):
+        raise ConfigError(
+            f"axis {name}: its values are not lists. Write them one beside the other."
+        )
     values = _check_known(name, values) if kind else _common_kind(values)
     _check_distinct(name, values)
-    dtype = {"text": pa.string(), "whole number": pa.int64(), "number": pa.float64()}
     try:
-        return Axis(name=name, values=pa.array(values, dtype[kind or _kind(values)]))
+        return Axis(name=name, values=pa.array(values, _TYPES[kind or _kind(values)]))
     except UnicodeEncodeError:
         raise ConfigError(f"axis {name}: a value is not valid Unicode text") from None
 
 
+def _shown(value: Any) -> str:
+    """Return a value as the command line writes it; several numbers need their quotes there."""
+    text = as_text(value, "null")
+    return f'"{text}"' if isinstance(value, list) and len(value) != 1 else text
+
+
 def as_text(value: Any, null: str = "") -> str:
-    """Return a value as a template shows it: 7.0 is `7`."""
+    """Return a value as a template shows it: 7.0 is `7`, a list `28,29`."""
     if value is None:
         return null
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
     return str(value)
 
 
@@ -174,7 +192,7 @@ def _check_known(name: str, values: list[Any]) -> list[Any]:
             continue
         if column.kind == "text":
             value = as_text(value)
-        elif isinstance(value, str):
+        elif isinstance(value, str) and column.kind != "whole numbers":
             raise ConfigError(f"axis {name}: {quoted(value)} is not a {column.kind}.")
         try:
             checked.append(check_value(name, value))

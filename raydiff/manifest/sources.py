@@ -29,7 +29,12 @@ _PATTERNS = {
     "number": r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?([eE][+-]?[0-9]{1,2})?$",
 }
 """Numbers that keep every digit as int64 and float64: 007 and an id of 30 digits stay text."""
-_WANTED = {"text": "text", "whole number": "whole numbers", "number": "numbers"}
+_WANTED = {
+    "text": "text",
+    "whole number": "whole numbers",
+    "number": "numbers",
+    "whole numbers": "lists of whole numbers",
+}
 
 Batches = Callable[[Any], Iterator[pa.RecordBatch]]
 Kinds = dict[str, dict[str, tuple[int, Any]]]
@@ -321,7 +326,7 @@ def _type(uri: str, name: str, found: dict[str, tuple[int, Any]]) -> pa.DataType
     if column is None:
         kinds = {"number"} if set(found) == {"whole", "number"} else set(found)
         return _TYPES[kinds.pop()] if len(kinds) == 1 else pa.string()
-    if column.kind == "text":
+    if column.kind == "text" or (column.kind == "whole numbers" and "text" in found):
         return pa.string()
     for kind in ("text", "boolean"):
         if kind in found:

@@ -10,6 +10,8 @@ from raydiff.errors import ConfigError
 from raydiff.manifest.axes import make_axis
 from raydiff.manifest.schema import MAX_SEED
 
+LISTS = pa.list_(pa.int64())
+
 
 @pytest.mark.parametrize(
     ("name", "given", "values", "dtype"),
@@ -32,6 +34,10 @@ from raydiff.manifest.schema import MAX_SEED
         ("size", "007,1-3", ["007", "1-3"], pa.string()),
         ("size", f"{10**30}", [f"{10**30}"], pa.string()),
         ("size", '"1","2"', ["1", "2"], pa.string()),
+        ("stg_blocks", '29,"28, 29","",null', [[29], [28, 29], [], None], LISTS),
+        ("stg_blocks", [[29, 28], (), 7, "1,2"], [[28, 29], [], [7], [1, 2]], LISTS),
+        ("stg_blocks", "0-2,40", [[0], [1], [2], [40]], LISTS),
+        ("stg_blocks", "0-47", list(range(48)), pa.int64()),
         ("colour", [" red ", "dark, blue"], [" red ", "dark, blue"], pa.string()),
     ],
 )  # fmt: skip
@@ -50,6 +56,13 @@ def test_a_range_is_never_laid_out() -> None:
     assert axis.num_values == 99_999_999
     assert axis.take(np.array([0, 99_999_998])).to_pylist() == [10, 999_999_990]
     assert axis.describe() == "10-999999999:10"
+
+
+def test_lists_are_shown_as_the_command_line_writes_them() -> None:
+    given = '29,"28,29","",null'
+    axis = make_axis("stg_blocks", given)
+    assert axis.describe() == '29, "28,29", "", null'
+    assert make_axis("stg_blocks", axis.describe()).identity() == axis.identity()
 
 
 @pytest.mark.parametrize(
@@ -75,6 +88,11 @@ def test_a_range_is_never_laid_out() -> None:
         ("seed", "0-999999999,5", "1,000,000,001 values in several parts"),
         ("num_inference_steps", "1-2000", "it must be 1 to 1000"),
         ("sampler", "eulr", 'did you mean "euler"?'),
+        ("stg_blocks", "middle", 'stg_blocks is "middle"; it must be whole numbers'),
+        ("stg_blocks", "1001", "it must be 0 to 1000"),
+        ("stg_blocks", [[1, 2], "2,1"], '"1,2" is there twice'),
+        ("guidance_scale", [[1, 2]], "its values are not lists"),
+        ("colour", [(1, 2), "red"], "its values are not lists"),
         ("colour", 'a "b"', "odd double quote"),
         ("colour", '"a', "odd double quote"),
         ("colour", "red,red", '"red" is there twice'),

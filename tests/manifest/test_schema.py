@@ -1,7 +1,6 @@
 """Column types, per-value rules and which columns pass through."""
 
 import math
-from dataclasses import fields
 from decimal import Decimal
 from typing import Any
 
@@ -11,13 +10,14 @@ import pytest
 from raydiff.errors import ManifestError, RowError
 from raydiff.manifest.schema import (
     COLUMNS,
+    LEDGER_COLUMNS,
     MAX_TEXT_CHARACTERS,
     check_schema,
     check_value,
     extra_columns,
     known_values,
 )
-from raydiff.request import RenderRequest, RenderResult
+from raydiff.output import metadata_schema
 
 
 def refusal(schema: pa.Schema) -> str:
@@ -119,6 +119,72 @@ def test_every_kind_of_number_is_a_number(dtype: pa.DataType) -> None:
         assert type(check_value("guidance_scale", found[0])) is float
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pa.list_(pa.int64()),
+        pa.large_list(pa.uint8()),
+        pa.list_(pa.int32(), 2),
+        pa.string(),
+        pa.dictionary(pa.int8(), pa.large_string()),
+        pa.int16(),
+        pa.float32(),
+        pa.list_(pa.null()),
+        pa.null(),
+    ],
+)
+def test_every_kind_of_list_is_a_list(dtype: pa.DataType) -> None:
+    check_schema(pa.schema([("prompt", pa.string()), ("stg_blocks", dtype)]), "m.parquet")
+    types = pa.types
+    cells: list[Any] = [[29, 28], None, [7, 7]]
+    expected: list[Any] = [(28, 29), None, (7,)]
+    if types.is_null(dtype):
+        cells, expected = [None] * 3, [None] * 3
+    elif types.is_list(dtype) and types.is_null(dtype.value_type):
+        cells, expected = [[], None, []], [(), None, ()]
+    elif types.is_integer(dtype) or types.is_floating(dtype):
+        cells, expected = [29, None, 0], [(29,), None, (0,)]
+    elif not (types.is_nested(dtype)):
+        cells, expected = [" 29, 28 ", None, "[]"], [(28, 29), None, ()]
+    column = pa.array(cells, dtype)
+    for part in (column, pa.concat_arrays([column, column]).slice(3), column.slice(1)):
+        found = values(part, "stg_blocks")
+        checked = [None if one is None else check_value("stg_blocks", one) for one in found]
+        assert checked == expected[-len(part) :]
+
+
+def test_a_list_may_be_given_in_python() -> None:
+    assert check_value("stg_blocks", [3, 1]) == check_value("stg_blocks", (1, 3)) == (1, 3)
+    assert check_value("stg_blocks", "[1, 3]") == (1, 3)
+    assert check_value("stg_blocks", ()) == ()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (pa.array([[1, None]]), 'stg_blocks is "null"; it must be whole numbers such as 28,29.'),
+        (pa.array([[1, -1]]), "stg_blocks is -1; it must be 0 to 1000."),
+        (pa.array([[2**64 - 1]], pa.list_(pa.uint64())), "it must be whole numbers such as 28,29"),
+        (pa.array([1.5]), "stg_blocks is 1.5; it must be a whole number."),
+        (pa.array(["29;30"]), 'stg_blocks is "29;30"; it must be whole numbers'),
+        (pa.array(["[29"]), 'stg_blocks is "[29"; it must be'),
+        (pa.array(["29,,30"]), 'stg_blocks is "29,,30"; it must be'),
+        (pa.array(["5" * 1_000_001]), "stg_blocks has 1,000,001 characters"),
+    ],
+)
+def test_a_list_against_its_rule(cell: pa.Array, message: str) -> None:
+    (found,) = values(cell, "stg_blocks")
+    with pytest.raises(RowError) as caught:
+        check_value("stg_blocks", found)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [pa.list_(pa.float64()), pa.list_(pa.list_(pa.int64()))])
+def test_lists_of_other_things_are_refused(dtype: pa.DataType) -> None:
+    message = refusal(pa.schema([("prompt", pa.string()), ("stg_blocks", dtype)]))
+    assert "it needs lists of whole numbers (list<int64>)." in message
+
+
 def test_text_that_is_not_utf8_costs_only_its_own_row() -> None:
     raw = pa.array([b"fine \xc3\xa9", b"\xff\xfe", None, b""], pa.binary())
     column = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
@@ -201,8 +267,8 @@ def test_unknown_columns_pass_through_and_yield_to_the_metadata_s_own() -> None:
 
 
 def test_no_passed_through_name_is_one_of_the_metadata_s() -> None:
-    own = {f.name for noun in (RenderRequest, RenderResult) for f in fields(noun)}
-    own |= {"row_index", "image_index", "model_revision", "raydiff_version"}
+    own = set(metadata_schema.COLUMNS)
+    assert own == LEDGER_COLUMNS
     renamed = extra_columns(pa.schema([(name, pa.int64()) for name in sorted(own)]))
     assert not own & set(renamed.values())
     assert set(renamed) == own - set(COLUMNS)

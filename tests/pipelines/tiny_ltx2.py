@@ -274,7 +274,7 @@ def clip_request(
     defaults = {"negative_prompt": None, "init_image": None, **video_defaults(pipeline.info, mode)}
     given = {name: value for name, value in values.items() if value is not None}
     merged = {**defaults, "text_encoder": "gemma3", **given}
-    problems = list(video_problems(merged, pipeline.info))
+    problems = list(video_problems(merged, pipeline.info, given))
     if problems:
         raise RowError(" ".join(problems))
     settings = VideoSettings(
