@@ -32,8 +32,10 @@ class LoopbackCluster:
         options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         if labels:
             options["labels"] = labels
+        # Nobody reads what workers print, and nodes come and go by hand.
+        options["include_log_monitor"] = False
         if not self._nodes:
-            options["include_dashboard"] = False
+            options |= {"include_dashboard": False, "no_monitor": True}
         self._nodes.append(self._cluster.add_node(**options))
         return len(self._nodes) - 1
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ PROBE_S = 30.0
 HEALTH = "health"
 """The concurrency group whose calls are answered while a batch is rendered."""
 ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+"""For workers that pass tensors on. It imports torch in every process, so others go without."""
 
 
 # -- workers ---------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ class RaySession:
             options |= {
                 "resources": placement.custom_resources,
                 "label_selector": placement.labels,
-                "runtime_env": {"env_vars": {**spec.environ, **ZERO_COPY}},
+                "runtime_env": {"env_vars": spec.environ},
             }
             if placement.memory_bytes is not None:
                 options["memory"] = placement.memory_bytes
@@ -378,14 +380,18 @@ def private_session(
     stages = layout.by_role.values()
     num_cpus = math.ceil(sum(stage.num_workers * stage.num_cpus for stage in stages))
     num_gpus = sum(stage.num_workers * stage.num_gpus for stage in stages)
+    variables = ZERO_COPY if layout.is_split else {}
     return RaySession(
-        lambda: _private_ray(max(1, num_cpus), num_gpus, object_store_bytes), is_private=True
+        lambda: _private_ray(max(1, num_cpus), num_gpus, object_store_bytes, variables),
+        is_private=True,
     )
 
 
 @contextmanager
-def _private_ray(num_cpus: int, num_gpus: int, object_store_bytes: int) -> Iterator[Any]:
-    """Start a Ray of our own, yield the module, and end it.
+def _private_ray(
+    num_cpus: int, num_gpus: int, object_store_bytes: int, variables: Mapping[str, str]
+) -> Iterator[Any]:
+    """Start a Ray of our own with some environment variables, yield the module, and end it.
 
     Other clusters on the machine are left alone.
     """
@@ -401,27 +407,44 @@ def _private_ray(num_cpus: int, num_gpus: int, object_store_bytes: int) -> Itera
             RAY_USAGE_STATS_ENABLED="0",
             # Ray's coming default, which it warns about: GPUs are hidden from workers of none.
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="1",
-            **ZERO_COPY,
+            **variables,
         ),
     ):
         ray = _import_ray(is_loopback=True)
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                object_store_memory=object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                _temp_dir=f"{folder}/ray",
-            )
+            with _few_services():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus,
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    _temp_dir=f"{folder}/ray",
+                )
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise EngineError(f"Ray {ray.__version__} did not start: {error}") from error
         try:
             yield ray
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _few_services() -> Iterator[None]:
+    """Start a Ray without its autoscaler and without the process that forwards workers' output.
+
+    A private Ray has use for neither; `ray.init` has no option for that.
+    """
+    from ray._private import parameter
+
+    params = parameter.RayParams
+    parameter.RayParams = partial(params, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        parameter.RayParams = params
 
 
 def _import_ray(*, is_loopback: bool) -> Any:
@@ -437,6 +460,8 @@ def _import_ray(*, is_loopback: bool) -> Any:
             "of its own. Call ray.shutdown() first, or render in another process."
         )
     ray_constants.ENABLE_RAY_CLUSTER = not is_loopback
+    # The driver hands references on, never a tensor, and so it needs no torch.
+    ray_constants.RAY_ENABLE_ZERO_COPY_TORCH_TENSORS = False
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     # Ray prints a worker's death on stdout, which belongs to the command's own answer.
@@ -464,7 +489,6 @@ def _joined_ray(address: str, insecure: bool) -> Iterator[Any]:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN="0" * 64,
         RAY_USAGE_STATS_ENABLED="0",
-        **ZERO_COPY,
     ):
         ray = _import_ray(is_loopback=False)
         head = _head(address)
@@ -476,7 +500,7 @@ def _joined_ray(address: str, insecure: bool) -> Iterator[Any]:
             "that with --insecure."
         )
     mode = "token" if is_protected and has_token else "disabled"
-    with environ(RAY_AUTH_MODE=mode, RAY_USAGE_STATS_ENABLED="0", **ZERO_COPY):
+    with environ(RAY_AUTH_MODE=mode, RAY_USAGE_STATS_ENABLED="0"):
         ray = _import_ray(is_loopback=False)
         try:
             is_loopback = any(node.startswith("127.") for node in _node_addresses(head))

@@ -8,7 +8,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+<<<<<<< Updated upstream
 from raydiff.config import LTX2Config, RunConfig
+=======
+from raydiff.config import RunConfig
+from raydiff.engine.cluster import ZERO_COPY
+>>>>>>> Stashed changes
 from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
@@ -273,6 +278,8 @@ def worker_specs(
         environ = {"OMP_NUM_THREADS": num_threads, "TOKENIZERS_PARALLELISM": "false"}
         if not placement.num_gpus:
             environ["CUDA_VISIBLE_DEVICES"] = ""
+        if layout.is_split:
+            environ |= ZERO_COPY
         specs[role] = WorkerSpec(
             renderer=renderer,
             arguments=arguments,
