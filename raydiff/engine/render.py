@@ -8,12 +8,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-<<<<<<< Updated upstream
 from raydiff.config import LTX2Config, RunConfig
-=======
-from raydiff.config import RunConfig
 from raydiff.engine.cluster import ZERO_COPY
->>>>>>> Stashed changes
 from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
