@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from raydiff.output.frame_folder import frame_rows
+from raydiff.output.clip_files import frame_rows, sound_name
 from raydiff.output.frames import (
     Pixels,
     as_media_errors,
@@ -87,7 +87,7 @@ class _FrameFolder:
     def __init__(self, out: Storage, row: Row) -> None:
         self._out = out
         self._rows = frame_rows(out, row)
-        self._wav = f"{row['file_name'].rpartition('/')[0]}.wav"
+        self._wav = sound_name(row["file_name"])
 
     def frames(self) -> Iterator[Pixels]:
         return map(self._read, self._rows)

@@ -5,22 +5,15 @@ The index is written last: with it, the folder is whole.
 
 import hashlib
 import json
-import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from raydiff.config import OutputConfig
 from raydiff.output.clip import Clip, Frame
 from raydiff.output.media import encode_image
-from raydiff.output.media_files import MediaError, read_media
 from raydiff.output.media_store import MediaStore
-from raydiff.output.storage import Storage
-
-FRAME_NAME = re.compile(r"\d{5,}\.png")
 
 
 def write_frames(
@@ -51,35 +44,6 @@ def write_frames(
         finally:
             pool.shutdown(cancel_futures=True)
     return _index_bytes(clip, entries)
-
-
-def read_frames_index(data: bytes) -> dict[str, Any]:
-    """Return an index: num_frames, height, width, frame_rate (a fraction), request, files.
-
-    Raises MediaError.
-    """
-    try:
-        index = json.loads(data)
-        Fraction(index["frame_rate"])
-        is_whole = len(index["files"]) == index["num_frames"] > 0 and all(
-            FRAME_NAME.fullmatch(one["name"]) and one["sha256"] and one["size_bytes"] > 0
-            for one in index["files"]
-        )
-    except (ValueError, KeyError, TypeError):
-        is_whole = False
-    if not is_whole:
-        raise MediaError("not an index of frames")
-    return dict(index)
-
-
-def frame_rows(out: str | Path | Storage, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what the index that a row names says of each frame's file, as a row of its own:
-    file_name, sha256, size_bytes. Raises MediaError."""
-    folder = row["file_name"].rpartition("/")[0]
-    return [
-        {**entry, "file_name": f"{folder}/{entry['name']}"}
-        for entry in read_frames_index(read_media(out, row))["files"]
-    ]
 
 
 def _index_bytes(clip: Clip, files: list[dict[str, Any]]) -> bytes:

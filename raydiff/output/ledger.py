@@ -176,7 +176,12 @@ class Ledger:
         while True:
             try:
                 parts = recover_parts(
-                    self._folder, out, self._next_name, self._lock.check, self.warnings
+                    self._folder,
+                    out,
+                    self._next_name,
+                    self._lock.check,
+                    self.warnings,
+                    has_sounds=self._config.wav,
                 )
                 keys = read_row_keys(parts)
                 twice = later_doubles(keys, parts)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-
 from raydiff.errors import OutputError
 from raydiff.output.storage import Storage, open_storage
 from raydiff.output.tar_samples import BLOCK_BYTES, member_name
@@ -58,14 +56,6 @@ def is_frames_index(name: str) -> bool:
 def is_clip(name: str) -> bool:
     """Tell what has frames from an image by its name."""
     return name.lower().endswith(CLIP_SUFFIXES)
-
-
-def with_media_columns(table: pa.Table) -> pa.Table:
-    """Return a table of an old version with the columns of shards, null."""
-    for name, type_ in (("member", pa.string()), ("offset", pa.int64())):
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(table.num_rows, type_))
-    return table
 
 
 def read_media(out: str | Path | Storage, row: Row) -> bytes:

@@ -5,6 +5,7 @@ A power loss takes nothing back from an object store."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from raydiff.errors import OutputError
 from raydiff.output.atomic import disk_error
+from raydiff.output.clip_files import check_sound, frame_rows
+from raydiff.output.media_files import MediaError, check_media, is_frames_index
 from raydiff.output.part_files import (
     TEMPORARY_PART_NAME,
     Fence,
@@ -30,9 +33,18 @@ UNSYNCED_S = 120.0
 
 
 def recover_parts(
-    folder: Storage, out: Storage, next_name: Callable[[], str], fence: Fence, warnings: list[str]
+    folder: Storage,
+    out: Storage,
+    next_name: Callable[[], str],
+    fence: Fence,
+    warnings: list[str],
+    *,
+    has_sounds: bool,
 ) -> list[Part]:
-    """Return the table's parts, free of what a crash left. Adds to `warnings`."""
+    """Return the table's parts, free of what a crash left. Adds to `warnings`.
+
+    `has_sounds` says that clips have a WAV file beside them.
+    """
     remove_temporary_parts(folder)
     parts = list_parts(folder)
     remove_parts(folder, parts.replaced)
@@ -44,7 +56,14 @@ def recover_parts(
         return live
     boot_id = _boot_id()
     if _last_boot_id(folder) != boot_id:
-        live = _without_lost_files(live, out_dir, next_name, fence, warnings)
+        lost = _lost_files(live, out_dir, has_sounds=has_sounds)
+        if lost:
+            num_lost = sum(len(rows) for rows in lost.values())
+            warnings.append(
+                f"{num_lost} rows lost their files when the machine went down; they are rendered "
+                "again."
+            )
+            live = drop_rows(live, lost, next_name, fence)
         try:
             folder.put(BOOT_ID_FILE, boot_id.encode())
         except OSError as error:
@@ -100,14 +119,10 @@ def remove_temporary_parts(folder: Storage) -> None:
     remove_parts(folder, [name for name in names if TEMPORARY_PART_NAME.fullmatch(name)])
 
 
-def _without_lost_files(
-    parts: list[Part],
-    out_dir: Path,
-    next_name: Callable[[], str],
-    fence: Fence,
-    warnings: list[str],
-) -> list[Part]:
-    """Drop rows of the last session's end whose file is missing or cut.
+def _lost_files(
+    parts: Sequence[Part], out_dir: Path, *, has_sounds: bool
+) -> dict[int, NDArray[np.int64]]:
+    """Return the rows of the last session's end whose file is missing or cut, by the part's index.
 
     Image files are not synced one by one. If the machine has restarted since (or this is another
     one), files of the last minutes may be gone though their rows, which are synced, are there.
@@ -116,35 +131,39 @@ def _without_lost_files(
     lost = {}
     for index, part in enumerate(parts):
         if part.last_finished_s >= newest - UNSYNCED_S:
-            rows = _lost_rows(part, out_dir, since=newest - UNSYNCED_S)
+            rows = _lost_rows(part, out_dir, since=newest - UNSYNCED_S, has_sounds=has_sounds)
             if len(rows):
                 lost[index] = rows
-    if not lost:
-        return parts
-    num_lost = sum(len(rows) for rows in lost.values())
-    warnings.append(
-        f"{num_lost} rows lost their files when the machine went down; they are rendered again."
-    )
-    return drop_rows(parts, lost, next_name, fence)
+    return lost
 
 
-def _lost_rows(part: Part, out_dir: Path, *, since: float) -> NDArray[np.int64]:
-    table = read_columns(part, ["status", "file_name", "size_bytes", "member", "finished_at"])
+def _lost_rows(part: Part, out_dir: Path, *, since: float, has_sounds: bool) -> NDArray[np.int64]:
+    columns = ("file_name", "size_bytes", "duration_s", "audio_sample_rate")
+    table = read_columns(part, ["status", "member", "finished_at", *columns])
     finished_us = pc.fill_null(table["finished_at"].cast(pa.int64()), 0).to_numpy()
     is_completed = pc.equal(table["status"], "completed").to_numpy(zero_copy_only=False)
     if "member" in table.column_names:  # Shards are synced before their rows are committed.
         is_completed &= pc.is_null(table["member"]).to_numpy(zero_copy_only=False)
     recent = np.flatnonzero((finished_us >= since * 1e6) & is_completed)
-    names, sizes = table["file_name"], table["size_bytes"]
-    return np.array(
-        [row for row in recent if not _is_whole(out_dir, names[row].as_py(), sizes[row].as_py())],
-        dtype=np.int64,
-    )
+    rows = table.take(recent).to_pylist()
+    pairs = zip(recent, rows, strict=True)
+    lost = [place for place, row in pairs if not _is_whole(out_dir, row, has_sounds=has_sounds)]
+    return np.array(lost, dtype=np.int64)
 
 
-def _is_whole(out_dir: Path, file_name: str, size_bytes: int) -> bool:
+def _is_whole(out_dir: Path, row: Mapping[str, Any], *, has_sounds: bool) -> bool:
+    file_name = row["file_name"]
     try:
-        return (out_dir / file_name).stat().st_size == size_bytes
+        if (out_dir / file_name).stat().st_size != row["size_bytes"]:
+            return False
+        if is_frames_index(file_name):
+            for frame in frame_rows(out_dir, row):
+                check_media(out_dir, frame)
+        if has_sounds and row.get("audio_sample_rate") is not None:
+            check_sound(out_dir, row)
+        return True
+    except MediaError:
+        return False
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:

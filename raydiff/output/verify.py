@@ -1,5 +1,6 @@
 """Check a run's metadata against its files: every completed row's file is there, whole and with
-its sha256; every row stands once; files without a row are named."""
+its sha256, and so is each frame that an index lists; a WAV file beside a clip is there and as long
+as the clip; every row stands once; files without a row are named."""
 
 import hashlib
 import itertools
@@ -15,15 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raydiff.output.clip_files import check_sound, frame_rows, sound_name
 from raydiff.output.keys import Keys, request_key, request_keys, row_keys
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.media_files import (
     MediaError,
     describe_media,
+    is_frames_index,
     open_media,
-    with_media_columns,
 )
-from raydiff.output.media_store import IMAGES_DIR, REQUEST_ID
+from raydiff.output.media_store import IMAGES_DIR, REQUEST_ID, VIDEOS_DIR
+from raydiff.output.metadata_schema import COLUMNS
 from raydiff.output.part_files import DamagedPartError, Part, list_parts, map_parts, read_columns
 from raydiff.output.run_file import read_run
 from raydiff.output.shard_index import SHARDS_DIR
@@ -72,7 +75,9 @@ class Verification:
         self._out = open_storage(out)
         self._folder = self._out.folder(METADATA_DIR)
         self._num_threads = num_threads
-        self.num_manifest_rows = read_run(self._out).num_rows
+        run = read_run(self._out)
+        self.num_manifest_rows = run.num_rows
+        self._has_sounds = bool(run.config["output"].get("wav", False))
         self.num_rows = 0
         """Rows of the metadata, one for each image of a manifest row."""
         self.num_missing_rows = 0
@@ -121,7 +126,7 @@ class Verification:
                 for claim in self._claims(files):
                     if claim.member is not None:
                         self._shards.add(claim.file_name)
-                    waiting.append(pool.submit(_check_file, self._out, claim))
+                    waiting.append(pool.submit(self._check, claim))
                     if len(waiting) >= FILES_IN_FLIGHT:
                         yield from self._count(waiting.popleft().result())
                 while waiting:
@@ -130,10 +135,26 @@ class Verification:
                 pool.shutdown(cancel_futures=True)
 
     def _count(self, checked: "_Checked") -> Iterator[Problem]:
-        self.num_files += 1
+        self.num_files += checked.num_files
         self.num_bytes += checked.num_bytes
-        if checked.problem is not None:
-            yield checked.problem
+        yield from checked.problems
+
+    def _check(self, claim: "_Claim") -> "_Checked":
+        """Check the file of a claim, and the files that belong to it."""
+        checked = _check_file(self._out, claim)
+        if checked.problems:
+            return checked
+        parts = [checked]
+        if is_frames_index(claim.file_name):
+            parts += _check_frames(self._out, claim)
+        has_sound = claim.audio_sample_rate is not None and claim.member is None
+        if self._has_sounds and has_sound:
+            parts.append(_check_sound(self._out, claim))
+        return _Checked(
+            num_files=sum(part.num_files for part in parts),
+            num_bytes=sum(part.num_bytes for part in parts),
+            problems=[problem for part in parts for problem in part.problems],
+        )
 
     def _claims(self, files: Keys) -> Iterator["_Claim"]:
         """Yield each of `files` once, with what the first row that names it says of it."""
@@ -149,22 +170,23 @@ class Verification:
 
     def _read_claims(self, part: Part) -> pa.Table | None:
         try:
-            return with_media_columns(read_columns(part, _CLAIM_COLUMNS))
+            return _with_columns(read_columns(part, _CLAIM_COLUMNS), _CLAIM_COLUMNS)
         except DamagedPartError as error:
             self._damaged.add(error.uri)
             return None
 
     def _find_orphans(self, files: Keys) -> Iterator[Problem]:
-        named = (name for name in self._image_files() if not _is_among(_stem(name), files))
+        media = itertools.chain(self._files_under(IMAGES_DIR), self._files_under(VIDEOS_DIR))
+        named = (name for name in media if not _is_among(_stem(name), files))
         shards = (f"{SHARDS_DIR}/{name}" for name in self._out.list_names(SHARDS_DIR))
         unnamed = (one for one in shards if one.endswith(".tar") and one not in self._shards)
         for name in itertools.chain(named, unnamed):
-            yield Problem(kind="orphan", file_name=name, message=f"{name}: no row names this file")
+            yield _orphan(name)
 
-    def _image_files(self) -> Iterator[str]:
-        for folder in self._out.list_names(IMAGES_DIR):
+    def _files_under(self, media_dir: str) -> Iterator[str]:
+        for folder in self._out.list_names(media_dir):
             if not folder.startswith("."):
-                yield from self._files_in(f"{IMAGES_DIR}/{folder}")
+                yield from self._files_in(f"{media_dir}/{folder}")
 
     def _files_in(self, folder: str) -> Iterator[str]:
         """Yield the files in a folder, or the name itself if it is a file."""
@@ -186,11 +208,14 @@ class _Claim(NamedTuple):
     size_bytes: int
     member: str | None
     offset: int | None
+    duration_s: float | None = None
+    audio_sample_rate: int | None = None
 
 
 class _Checked(NamedTuple):
+    num_files: int
     num_bytes: int
-    problem: Problem | None
+    problems: list[Problem]
 
 
 _SUMMARY_COLUMNS = ("row_index", "image_index", "request_id", "status")
@@ -221,6 +246,14 @@ def _new_claims(table: pa.Table, files: Keys, is_seen: NDArray[np.bool_]) -> Ite
         )
 
 
+def _with_columns(table: pa.Table, names: Iterable[str]) -> pa.Table:
+    """Return a table of an old version with the columns that it lacks, null."""
+    for name in names:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, COLUMNS[name]))
+    return table
+
+
 def _check_file(out: Storage, claim: _Claim) -> _Checked:
     digest = hashlib.sha256()
     size = 0
@@ -230,27 +263,62 @@ def _check_file(out: Storage, claim: _Claim) -> _Checked:
                 digest.update(block)
                 size += len(block)
     except MediaError as error:
-        kind: ProblemKind = "missing_file" if error.is_missing else "unreadable_file"
-        return _Checked(size, _file_problem(claim, kind, str(error)))
+        return _checked(claim, size, _kind(error), str(error))
     except OSError as error:
-        return _Checked(size, _file_problem(claim, "unreadable_file", f"{error.strerror}"))
+        return _checked(claim, size, "unreadable_file", f"{error.strerror}")
     if size != claim.size_bytes:
         rule = f"it has {size:,} bytes; the metadata says {claim.size_bytes:,}"
-        return _Checked(size, _file_problem(claim, "wrong_size", rule))
+        return _checked(claim, size, "wrong_size", rule)
     if digest.hexdigest() != claim.sha256:
         rule = f"its sha256 is {digest.hexdigest()}; the metadata says {claim.sha256}"
-        return _Checked(size, _file_problem(claim, "wrong_sha256", rule))
-    return _Checked(size, None)
+        return _checked(claim, size, "wrong_sha256", rule)
+    return _Checked(1, size, [])
 
 
-def _file_problem(claim: _Claim, kind: ProblemKind, rule: str) -> Problem:
+def _check_frames(out: Storage, claim: _Claim) -> list[_Checked]:
+    """Check each frame as its index claims it, and name files that the index does not list."""
+    try:
+        frames = frame_rows(out, claim._asdict())
+    except MediaError as error:
+        return [_checked(claim, 0, _kind(error), str(error))]
+    claims = [
+        claim._replace(**{name: row[name] for name in ("file_name", "sha256", "size_bytes")})
+        for row in frames
+    ]
+    checked = [_check_file(out, one) for one in claims]
+    folder = claim.file_name.rpartition("/")[0]
+    listed = {claim.file_name, *(one.file_name for one in claims)}
+    found = (f"{folder}/{name}" for name in out.list_names(folder))
+    orphans = [_orphan(name) for name in found if name not in listed]
+    return [*checked, _Checked(0, 0, orphans)]
+
+
+def _check_sound(out: Storage, claim: _Claim) -> _Checked:
+    name = sound_name(claim.file_name)
+    try:
+        check_sound(out, claim._asdict())
+    except MediaError as error:
+        return _checked(claim._replace(file_name=name), 0, _kind(error), str(error))
+    return _Checked(1, out.size(name) or 0, [])
+
+
+def _checked(claim: _Claim, num_bytes: int, kind: ProblemKind, rule: str) -> _Checked:
     name = describe_media(claim._asdict())
-    return Problem(
+    problem = Problem(
         kind=kind,
         row_index=claim.row_index,
         file_name=claim.file_name,
         message=f"row {claim.row_index}: {name}: {rule}",
     )
+    return _Checked(1, num_bytes, [problem])
+
+
+def _kind(error: MediaError) -> ProblemKind:
+    return "missing_file" if error.is_missing else "unreadable_file"
+
+
+def _orphan(name: str) -> Problem:
+    return Problem(kind="orphan", file_name=name, message=f"{name}: no row names this file")
 
 
 def _stem(name: str) -> str:

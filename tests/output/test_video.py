@@ -22,8 +22,8 @@ from raydiff.config import OutputConfig, load_config
 from raydiff.errors import ConfigError, DiskError, OutOfMemoryError, RowError
 from raydiff.output.audio import Audio, fit_audio
 from raydiff.output.clip import Clip, exact_rate
+from raydiff.output.clip_files import read_frames_index
 from raydiff.output.clip_reader import open_clip
-from raydiff.output.frame_folder import read_frames_index
 from raydiff.output.frames import read_frames
 from raydiff.output.media_files import MediaError
 from raydiff.output.media_store import WrittenFile, remove_stale_files, wav_name
