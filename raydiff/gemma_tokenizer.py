@@ -105,8 +105,13 @@ class GemmaTokenizer:
             pad_token_id=ids[named["pad_token"].content],
             prefix=prefix,
             suffix=suffix,
-            max_length=int(min(config.model_max_length, MAX_LENGTH)),
+            max_length=config.max_length,
         )
+
+    @staticmethod
+    def max_length_of(folder: str | Path) -> int:
+        """Return the length that a folder's tokenizer pads to, without reading its vocabulary."""
+        return read_optional(Path(folder) / "tokenizer_config.json", _TokenizerConfig).max_length
 
     def encode(self, texts: Sequence[str]) -> GemmaTokens:
         """Tokenize prompts, less the white space around them; one that is too long is cut."""
@@ -230,6 +235,11 @@ class _TokenizerConfig(NamedTokens):
 
     tokenizer_class: Literal["GemmaTokenizer", "GemmaTokenizerFast"] = "GemmaTokenizer"
     model_max_length: float = Field(MAX_LENGTH, ge=2)
+
+    @property
+    def max_length(self) -> int:
+        """What prompts are padded and cut to."""
+        return int(min(self.model_max_length, MAX_LENGTH))
 
 
 class _PieceToken(BaseModel):

@@ -25,8 +25,8 @@ from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
 from raydiff.pipelines.base import Rendered
-from raydiff.pipelines.load import FAMILIES, prepare
 from raydiff.pipelines.stable_diffusion import Components, StableDiffusionPipeline
+from raydiff.pipelines.stable_diffusion_load import FAMILIES, prepare
 from raydiff.request import ModelInfo, RenderRequest
 from raydiff.tokenizer import CLIPTokenizer, write_tiny_tokenizer
 from raydiff.weights.published import PUBLISHED

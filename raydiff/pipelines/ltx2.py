@@ -24,10 +24,10 @@ from raydiff.pipelines.base import Decoded, Denoised, Pipeline, joined
 from raydiff.pipelines.ltx2_components import ClipLatents, LTX2Components, LTX2Embeds, unpack
 from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_denoise import Denoising
-from raydiff.pipelines.ltx2_text import encode_text
+from raydiff.pipelines.ltx2_text import GemmaTexts
 from raydiff.pipelines.prompt_cache import EncodedPrompt, PromptCache
 from raydiff.pipelines.stable_diffusion import ATTENTION_BACKENDS
-from raydiff.pipelines.text_backends import UNREAD
+from raydiff.pipelines.text_backends import UNREAD, TextBackend
 from raydiff.request import ModelInfo, RenderRequest, batch_key, row_guidance
 from raydiff.video_settings import VideoSettings
 
@@ -42,26 +42,33 @@ class LTX2Pipeline(Pipeline):
         components: LTX2Components,
         profile: Profile,
         dtype: torch.dtype,
+        texts: TextBackend | None = None,
+        is_compiled: bool = False,
     ) -> None:
+        """`texts`: where the features of texts come from; None is the checkpoint's own Gemma."""
         self.info = info
         self.parts = components
         self.profile = profile
         self.dtype = dtype
         modules = components.modules
         self._residency = Residency(modules, profile)
-        self.device = self._residency.device_of(next(iter(modules)))
+        self.device = self._residency.device_of(next(iter(modules), "text_encoder"))
+        self._texts = texts or GemmaTexts(components, self._residency)
         self._prompts = PromptCache()
+        if is_compiled and profile.cleanup != "step":  # There each layer's weights come in turn.
+            for transformer in components.transformers:
+                transformer.compile_blocks()
 
     @torch.inference_mode()
     def encode(self, requests: Sequence[RenderRequest]) -> LTX2Embeds:
         """Encode the prompts and negative prompts of all requests, each distinct text once."""
         texts = [text for request in requests for text in _texts(request)]
-        return self.gather(requests, self._prompts.get_or_encode(texts, self._encode_texts))
+        return self.gather(requests, self._prompts.get_or_encode(texts, self._texts.encode))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> list[EncodedPrompt]:
         """Encode texts into host memory; each gets what it would get alone."""
-        return [encoded.on_host() for encoded in self._encode_texts(texts)]
+        return [encoded.on_host() for encoded in self._texts.encode(texts)]
 
     def gather(
         self, requests: Sequence[RenderRequest], encoded: Mapping[str, EncodedPrompt]
@@ -144,14 +151,6 @@ class LTX2Pipeline(Pipeline):
         except RowError as error:
             return _Clip(frames[:0], None, str(error))
         return _Clip(frames, sound, None)
-
-    def _encode_texts(self, texts: Sequence[str]) -> list[EncodedPrompt]:
-        tokenizer = self.parts.needed(self.parts.tokenizer, "encode")
-        encoder = self.parts.needed(self.parts.text_encoder, "encode")
-        connectors = self.parts.needed(self.parts.connectors, "encode")
-        device = self._residency.device_of("text_encoder")
-        with self._residency.on_device("text_encoder", "connectors"):
-            return [encode_text(text, tokenizer, encoder, connectors, device) for text in texts]
 
     def _truncation_warning(
         self, request: RenderRequest, encoded: Mapping[str, EncodedPrompt]

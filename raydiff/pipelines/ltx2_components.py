@@ -46,6 +46,11 @@ class LTX2Components:
     """What the tokenizer pads to: so many embeddings the transformer sees of each text."""
 
     @property
+    def transformers(self) -> list[LTX2Transformer]:
+        """Both stages', those that are loaded."""
+        return [one for one in (self.transformer, self.refine_transformer) if one is not None]
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """What is loaded, by component name; the transformer first."""
         modules: dict[str, nn.Module | None] = {

@@ -8,9 +8,31 @@ import torch
 from torch import Tensor
 
 from raydiff.gemma_tokenizer import GemmaTokenizer
+from raydiff.memory.residency import Residency
 from raydiff.models.gemma3 import Gemma3TextEncoder
 from raydiff.models.ltx2.connectors import LTX2Connectors, TextEmbeds
+from raydiff.pipelines.ltx2_components import LTX2Components
 from raydiff.pipelines.prompt_cache import EncodedPrompt
+
+
+class GemmaTexts:
+    """Encodes with the checkpoint's own Gemma."""
+
+    def __init__(self, parts: LTX2Components, residency: Residency) -> None:
+        self._parts = parts
+        self._residency = residency
+
+    def encode(self, texts: Sequence[str]) -> list[EncodedPrompt]:
+        """Return each text's features (S, C), what it would get alone.
+
+        Raises ConfigError where the pipeline was loaded without the stage `encode`.
+        """
+        tokenizer = self._parts.needed(self._parts.tokenizer, "encode")
+        encoder = self._parts.needed(self._parts.text_encoder, "encode")
+        connectors = self._parts.needed(self._parts.connectors, "encode")
+        device = self._residency.device_of("text_encoder")
+        with self._residency.on_device("text_encoder", "connectors"):
+            return [encode_text(text, tokenizer, encoder, connectors, device) for text in texts]
 
 
 def encode_text(

@@ -77,17 +77,31 @@ class Checkpoint:
         A single file carries none: a folder of that name beside it is taken, else the tokenizer of
         the family's published checkpoint, from the Hub or its cache (not Gemma's, which is gated).
         """
-        name = text_encoder.replace("text_encoder", "tokenizer")
-        folder = self.path / name if self.path.is_dir() else self.path.parent / name
-        if folder.is_dir():
+        folder = self.local_tokenizer_folder(text_encoder)
+        if folder is not None:
             return folder
+        name = _tokenizer_name(text_encoder)
         if self.family == "ltx2":
             raise ModelError(
-                f"{folder}: no such folder; put Gemma 3's there, with its tokenizer.json"
+                f"{self._folder / name}: no such folder; put Gemma 3's there, with its "
+                "tokenizer.json"
             )
         from raydiff.weights.hub import download_tokenizer  # takes 0.3 s, and is rarely needed
 
         return download_tokenizer(self.family, name)
+
+    def local_tokenizer_folder(self, text_encoder: str) -> Path | None:
+        """Return the tokenizer's folder in the checkpoint or beside its file, None without one."""
+        folder = self._folder / _tokenizer_name(text_encoder)
+        return folder if folder.is_dir() else None
+
+    @property
+    def _folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def _tokenizer_name(text_encoder: str) -> str:
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def open_checkpoint(

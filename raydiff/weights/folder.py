@@ -19,15 +19,17 @@ WEIGHTED_COMPONENTS = (
     "unet",
     "connectors",
     "transformer",
+    "refine_transformer",
     "vae",
     "audio_vae",
     "vocoder",
     "latent_upsampler",
 )
 
-UNLISTED_COMPONENTS = ("latent_upsampler",)
+UNLISTED_COMPONENTS = ("latent_upsampler", "refine_transformer")
 """Components of a second pipeline that shares the folder: its model_index.json does not list
-them."""
+them. A refine_transformer is the transformer of two-stage clips' second stage, where that is
+another one: the distilled."""
 
 WEIGHT_STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 """Beginning of the weight files' names, by the library that model_index.json names."""

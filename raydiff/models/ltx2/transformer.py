@@ -273,6 +273,14 @@ class LTX2Transformer(nn.Module):
             if isinstance(module, SelfAttention | SourceAttention):
                 module.fuse_projections()
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile make kernels for one block, which serve all: the blocks are alike.
+
+        A batch of another size is compiled anew, then for any size.
+        """
+        for block in self.transformer_blocks:
+            block.compile()
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, in which the network computes."""
