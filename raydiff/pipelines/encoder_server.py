@@ -62,6 +62,7 @@ class EncoderServer(ThreadingHTTPServer):
     """Listens from when it is made on; `serve` answers."""
 
     daemon_threads = True
+    request_queue_size = MAX_WAITING
     about: ServiceInfo
     pipeline: Pipeline
 
@@ -81,6 +82,10 @@ class EncoderServer(ThreadingHTTPServer):
                 f"the token: it has {len(token)} characters; at least {MIN_TOKEN_LENGTH} ASCII "
                 "letters or digits are asked for, e.g. from `openssl rand -hex 32`"
             )
+        self.token = token
+        self.waiting = BoundedSemaphore(MAX_WAITING)
+        # One thread: what computes is not thread-safe, and texts get what they would get alone.
+        self.encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
         if ":" in host:
             self.address_family = AF_INET6
         try:
@@ -89,10 +94,6 @@ class EncoderServer(ThreadingHTTPServer):
             raise ConfigError(
                 f"--host {host} --port {port}: cannot listen there: {error}. Choose another one"
             ) from None
-        self.token = token
-        self.waiting = BoundedSemaphore(MAX_WAITING)
-        # One thread: what computes is not thread-safe, and texts get what they would get alone.
-        self.encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def serve(self, about: ServiceInfo, pipeline: Pipeline) -> None:
         """Answer with what a pipeline encodes, until `shutdown`."""
