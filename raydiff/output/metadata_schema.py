@@ -99,9 +99,9 @@ REPEATING_COLUMNS = (
     *("worker_id", "node", "device", "num_threads", "encode_s", "denoise_s", "decode_s"),
     *("peak_vram_bytes", "raydiff_version", "warning"),
     *(name for name in VIDEO_COLUMNS if name != "stg_blocks"),
-    *("duration_s", "audio_sample_rate", "nfe"),
+    *("stg_blocks.list.element", "duration_s", "audio_sample_rate", "nfe"),
 )
-"""Columns whose values repeat from row to row: dictionary-encoded in the file."""
+"""Columns whose values repeat from row to row, by their paths in Parquet: dictionary-encoded."""
 
 
 def metadata_schema(extra_schema: pa.Schema) -> pa.Schema:
@@ -111,6 +111,16 @@ def metadata_schema(extra_schema: pa.Schema) -> pa.Schema:
         raise ValueError(f"column {clashes[0]!r} is both the metadata's own and passed through")
     fields = [pa.field(name, type_) for name, type_ in COLUMNS.items()]
     return pa.schema([*fields, *extra_schema]).remove_metadata()
+
+
+def with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Return the columns of these names; COLUMNS that an older version did not write are null."""
+    columns = {
+        name: table[name] if name in table.column_names else pa.nulls(table.num_rows, COLUMNS[name])
+        for name in names
+        if name in table.column_names or name in COLUMNS
+    }
+    return pa.table(columns)
 
 
 def build_table(

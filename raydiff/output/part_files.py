@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from raydiff.errors import OutputError
 from raydiff.object_storage import StoredFile
 from raydiff.output.atomic import disk_error, sync_folder
-from raydiff.output.metadata_schema import REPEATING_COLUMNS
+from raydiff.output.metadata_schema import REPEATING_COLUMNS, with_columns
 from raydiff.output.storage import Storage, open_storage, read_error
 
 T = TypeVar("T")
@@ -126,12 +126,15 @@ def read_columns(
 ) -> pa.Table:
     """Read some or all columns of a part, or of one of its row groups.
 
+    Of those asked for, the metadata's own that an older version did not write are null.
     Raises DamagedPartError, or FileNotFoundError if the part was merged away.
     """
     with _opened(part.folder, part.name, part.size_bytes) as file:
         if row_group is None:
-            return file.read(columns=columns, use_threads=False)
-        return file.read_row_group(row_group, columns=columns, use_threads=False)
+            table = file.read(columns=columns, use_threads=False)
+        else:
+            table = file.read_row_group(row_group, columns=columns, use_threads=False)
+    return table if columns is None else with_columns(table, columns)
 
 
 def write_part(

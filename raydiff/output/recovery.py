@@ -141,9 +141,9 @@ def _lost_rows(part: Part, out_dir: Path, *, since: float, has_sounds: bool) -> 
     columns = ("file_name", "size_bytes", "duration_s", "audio_sample_rate")
     table = read_columns(part, ["status", "member", "finished_at", *columns])
     finished_us = pc.fill_null(table["finished_at"].cast(pa.int64()), 0).to_numpy()
+    # Shards are synced before their rows are committed.
     is_completed = pc.equal(table["status"], "completed").to_numpy(zero_copy_only=False)
-    if "member" in table.column_names:  # Shards are synced before their rows are committed.
-        is_completed &= pc.is_null(table["member"]).to_numpy(zero_copy_only=False)
+    is_completed &= pc.is_null(table["member"]).to_numpy(zero_copy_only=False)
     recent = np.flatnonzero((finished_us >= since * 1e6) & is_completed)
     rows = table.take(recent).to_pylist()
     pairs = zip(recent, rows, strict=True)

@@ -26,7 +26,6 @@ from raydiff.output.media_files import (
     open_media,
 )
 from raydiff.output.media_store import IMAGES_DIR, REQUEST_ID, VIDEOS_DIR
-from raydiff.output.metadata_schema import COLUMNS
 from raydiff.output.part_files import DamagedPartError, Part, list_parts, map_parts, read_columns
 from raydiff.output.run_file import read_run
 from raydiff.output.shard_index import SHARDS_DIR
@@ -170,7 +169,7 @@ class Verification:
 
     def _read_claims(self, part: Part) -> pa.Table | None:
         try:
-            return _with_columns(read_columns(part, _CLAIM_COLUMNS), _CLAIM_COLUMNS)
+            return read_columns(part, _CLAIM_COLUMNS)
         except DamagedPartError as error:
             self._damaged.add(error.uri)
             return None
@@ -244,14 +243,6 @@ def _new_claims(table: pa.Table, files: Keys, is_seen: NDArray[np.bool_]) -> Ite
         yield from itertools.starmap(
             _Claim, zip(*(c.to_pylist() for c in batch.columns), strict=True)
         )
-
-
-def _with_columns(table: pa.Table, names: Iterable[str]) -> pa.Table:
-    """Return a table of an old version with the columns that it lacks, null."""
-    for name in names:
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(table.num_rows, COLUMNS[name]))
-    return table
 
 
 def _check_file(out: Storage, claim: _Claim) -> _Checked:

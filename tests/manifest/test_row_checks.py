@@ -2,7 +2,9 @@
 messages and shapes, and keys that are equal where the requests are."""
 
 import random
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import pytest
 from PIL import Image
 
 from raydiff.config import RunConfig, load_config
-from raydiff.errors import ModelError
+from raydiff.errors import ConfigError, ModelError
 from raydiff.manifest import row_checks
 from raydiff.manifest.reader import Manifest, open_manifest
 from raydiff.manifest.row_checks import RowChecks
 from raydiff.manifest.rows import read_rows
 from raydiff.manifest.schema import MAX_SEED
 from raydiff.request import ModelInfo, batch_key
+from tests.manifest.clip_model import LTX2, without_upsampler
 
 MAX_ERRORS = 7
 
@@ -42,11 +45,16 @@ def model(name: str, revision: str, multiple: int, size: int) -> ModelInfo:
 
 
 # The second is the first under another name: their requests are equal.
-MODELS = {
+IMAGE_MODELS = {
     "small": model("small", "local-1", 64, 512),
     "copy": model("copy", "local-1", 64, 512),
     "large": model("large", "abc123", 8, 1024),
 }
+CLIP_MODELS = {
+    "clips": replace(LTX2, name="clips"),
+    "one_stage": without_upsampler(LTX2, name="one_stage", revision="def456"),
+}
+MODELS = IMAGE_MODELS | CLIP_MODELS
 
 
 def find(name: str) -> ModelInfo:
@@ -79,23 +87,36 @@ def check_against_rows(manifest: Manifest, config: RunConfig) -> tuple[int, int,
     return len(rows), len(ids), len(rows) - len(requests)
 
 
-def random_columns(rng: random.Random, num_rows: int) -> dict[str, Any]:
+def random_columns(rng: random.Random, num_rows: int, run_model: str) -> dict[str, Any]:
     """Return columns in which good values are the rule and equal rows common."""
+    names_model = rng.random() < 0.6
+    is_clip = [
+        rng.random() < 0.5 if names_model else run_model in CLIP_MODELS for _ in range(num_rows)
+    ]
 
-    def column(values: list[Any], type_: pa.DataType, bad: list[Any] = []) -> pa.Array:  # noqa: B006
+    def column(
+        of_images: list[Any],
+        type_: pa.DataType,
+        bad: list[Any] = [],  # noqa: B006
+        of_clips: list[Any] | None = None,
+    ) -> pa.Array:
         null_share = rng.choice([0, 0, 0.3, 1])
-        cells = [None if rng.random() < null_share else rng.choice(values) for _ in range(num_rows)]
+        choices = (of_images, of_images if of_clips is None else of_clips)
+        cells = [None if rng.random() < null_share else rng.choice(choices[is_]) for is_ in is_clip]
         for value in bad:
             if rng.random() < 0.5:
                 cells[rng.randrange(num_rows)] = value
         return pa.array(cells, type_)
 
+    def clip_column(values: list[Any], type_: pa.DataType, bad: list[Any]) -> pa.Array:
+        return column([None], type_, bad, values)
+
     prompts = [None, "", "a cat", "a dog ☕", 'quotes "\\"', "\x00\x7f\n", "長い" * 5]
     columns = {
         "prompt": pa.array([rng.choice(prompts[1:]) for _ in range(num_rows)]),
         "negative_prompt": column(["", "blurry", "bad\tart"], pa.large_string()),
-        "model": column(["small", "copy", "large"], pa.string(), ["none"]),
-        "task": column(["txt2img"], pa.string(), ["img2img", "paint"]),
+        "model": column(list(IMAGE_MODELS), pa.string(), ["none"], list(CLIP_MODELS)),
+        "task": column(["txt2img"], pa.string(), ["img2img", "img2vid", "paint"], ["txt2vid"]),
         "seed": rng.choice(
             [
                 column([0, 1, 2**40, MAX_SEED], pa.int64(), [-1]),
@@ -107,13 +128,24 @@ def random_columns(rng: random.Random, num_rows: int) -> dict[str, Any]:
         "num_images": column([1, 1, 1, 3], pa.int32(), [0, 4097]),
         "height": column([512, 512, 576], pa.int64(), [500, 10]),
         "width": column([512.0, 576.0], pa.float32(), [512.5]),
-        "num_frames": column([1], pa.int8(), [2]),
-        "frame_rate": column([None], pa.float64(), [24.0]),
-        "num_inference_steps": column([25, 30], pa.int16(), [0]),
+        "num_frames": column([1], pa.int8(), [2], [9, 17, 17]),
+        "frame_rate": clip_column([24.0, 25.0], pa.float64(), [120.0]),
+        "num_inference_steps": column([25, 30], pa.int16(), [0], [8]),
         "guidance_scale": column([7.5, 0.0, -0.0], pa.float64(), [float("nan"), -1.0]),
-        "sampler": column(["ddim", "euler"], pa.string(), ["eular"]),
-        "strength": column([0.5, 0.0], pa.float64()),
+        "sampler": column(["ddim", "euler"], pa.string(), ["eular"], ["euler"]),
+        "strength": column([0.5, 0.0], pa.float64(), [], [None]),
         "init_image": column([None, None, "image.png"], pa.string(), ["gone.png"]),
+        "stg_scale": clip_column([1.0, 0.0, -0.0], pa.float32(), [-1.0]),
+        "stg_blocks": rng.choice(
+            [
+                clip_column([[29], [28, 29], [29, 28]], pa.list_(pa.int64()), [[], [48], [None]]),
+                clip_column([[0], [1, 2]], pa.large_list(pa.uint8()), [[200]]),
+                clip_column(["29", "28,29", "[29, 28]"], pa.string(), ["all"]),
+                clip_column([29, 28], pa.int32(), [48]),
+            ]
+        ),
+        "modality_scale": clip_column([3.0, 1.0], pa.float64(), [101.0]),
+        "audio_guidance_scale": clip_column([7, 1], pa.int64(), [-1]),
         "extra": pa.array(range(num_rows)),
     }
     # A null prompt now and then, and texts as pandas writes categories.
@@ -121,18 +153,22 @@ def random_columns(rng: random.Random, num_rows: int) -> dict[str, Any]:
         columns["prompt"] = pa.array([rng.choice(prompts) for _ in range(num_rows)], pa.string())
     if rng.random() < 0.5:
         columns["prompt"] = columns["prompt"].dictionary_encode()
-    wanted = [name for name in columns if name == "prompt" or rng.random() < 0.6]
-    return {name: columns[name] for name in wanted}
+    wanted = {name for name in columns if rng.random() < 0.6} - {"model"} | {"prompt"}
+    wanted |= {"model"} if names_model else set()
+    return {name: column for name, column in columns.items() if name in wanted}
 
 
 def random_config(rng: random.Random) -> RunConfig:
-    overrides: dict[str, Any] = {"model.name": "small"}
+    overrides: dict[str, Any] = {"model.name": rng.choice(["small", "small", "clips"])}
     choices: dict[str, list[Any]] = {
         "defaults.negative_prompt": ["blurry", ""],
         "defaults.seed": [1, MAX_SEED - 1],
         "defaults.num_images": [2],
         "defaults.guidance_scale": [7.5, 3.0],
         "defaults.height": [576],
+        "defaults.num_frames": [33],
+        "defaults.stg_blocks": [[3, 2]],
+        "ltx2.mode": ["two_stage", "distilled"],
         "limit": [17],
     }
     for name, values in choices.items():
@@ -151,10 +187,17 @@ def test_random_manifests_are_read_alike(
     monkeypatch.setattr(row_checks, "MAX_CHUNK_IMAGES", rng.choice([5, 2**20]))
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     num_rows = rng.choice([1, 200])
-    pq.write_table(
-        pa.table(random_columns(rng, num_rows)), tmp_path / "m.parquet", row_group_size=64
-    )
-    check_against_rows(open_manifest(tmp_path / "m.parquet"), random_config(rng))
+    config = random_config(rng)
+    table = pa.table(random_columns(rng, num_rows, config.model.name))
+    pq.write_table(table, tmp_path / "m.parquet", row_group_size=64)
+    manifest = open_manifest(tmp_path / "m.parquet")
+    try:
+        read_rows(manifest, config=config, models=find)
+    except ConfigError as error:
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(error))}$"):
+            RowChecks(manifest, config=config, models=find, max_errors=MAX_ERRORS)
+    else:
+        check_against_rows(manifest, config)
 
 
 Save = Callable[[dict[str, Any]], Manifest]
