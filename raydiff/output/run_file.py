@@ -14,7 +14,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raydiff import __version__
-from raydiff.config import RunConfig
+from raydiff.config import LTX2Config, OutputConfig, RunConfig
 from raydiff.errors import OutputError
 from raydiff.object_storage import Patience
 from raydiff.output.atomic import disk_error
@@ -24,11 +24,13 @@ from raydiff.output.storage import Storage, open_storage, read_error
 from raydiff.request import RECIPE_VERSION
 
 RUN_FILE = "run.json"
-LIBRARIES = ("torch", "ray", "pyarrow", "pillow", "numpy")
+LIBRARIES = ("torch", "ray", "pyarrow", "pillow", "numpy", "av")
 MODEL_KEYS = ("name", "revision", "variant", "dtype", "vae_dtype")
-OUTPUT_KEYS = ("image", "quality", "strip_metadata")
-"""What decides what is in the files; the rest of the model and output sections is how they are
-made, and may change when a run is resumed."""
+LTX2_KEYS = ("mode", "text_encoder")
+IMAGE_KEYS = ("image", "quality", "strip_metadata")
+CLIP_KEYS = ("video", "codec", "crf", "preset", "wav", "video_threads")
+"""What decides what is in the files; the rest of these sections is how they are made, and may
+change when a run is resumed."""
 
 
 DRIVER_PATIENCE = Patience(first_s=15.0, total_s=15.0)
@@ -278,6 +280,9 @@ def _differences(last: RunFile, wanted: RunFile) -> Iterator[str]:
         if last.models[name] != wanted.models[name]:
             yield _difference(f"revision of model {name}", last.models[name], wanted.models[name])
     old, new = _pixel_settings(last), _pixel_settings(wanted)
+    if "ltx2" not in last.config:  # before there were clips, the default was 0 for every model
+        for settings in (old, new):
+            settings["defaults.guidance_rescale"] = settings["defaults.guidance_rescale"] or 0.0
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield _difference(key, old.get(key), new.get(key))
@@ -290,12 +295,15 @@ def _pixel_settings(file: RunFile) -> dict[str, Any]:
     if model["name"] in file.models:
         # The same checkpoint under another path or name is the same model.
         model = {**model, "name": None, "revision": file.models[model["name"]]}
-    output = {key: file.config["output"].get(key) for key in OUTPUT_KEYS}
-    output["format"] = file.config["output"].get("format", "files")  # before there were shards
+    # What a run from before there were shards, or clips, does not say is as it is by default.
+    output = OutputConfig().model_dump() | file.config["output"]
+    ltx2 = LTX2Config().model_dump() | file.config.get("ltx2", {})
+    keys = set(IMAGE_KEYS + CLIP_KEYS + ("format",))
     if output["image"] == "png":
-        del output["quality"]
+        keys.remove("quality")
     settings |= {f"model.{key}": value for key, value in model.items()}
-    return settings | {f"output.{key}": value for key, value in output.items()}
+    settings |= {f"ltx2.{key}": ltx2[key] for key in LTX2_KEYS}
+    return settings | {f"output.{key}": output[key] for key in keys}
 
 
 def _difference(subject: str, old: object, new: object) -> str:

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from raydiff.output.tar_samples import Sample, read_samples
 from raydiff.request import RenderResult
 
-TOLD_IN_SAMPLES = ("profile", "dtype", "batch_size", "device", "num_threads", "warning")
+TOLD_IN_SAMPLES = (
+    *("profile", "dtype", "batch_size", "device", "num_threads", "warning"),
+    *("duration_s", "audio_sample_rate", "nfe"),
+)
 """What a sample's .json says of its result, beside sha256: what has to do with its pixels."""
 
 
@@ -20,14 +23,14 @@ class FoundSample(NamedTuple):
     result: RenderResult
 
 
-def find_samples(path: Path, num_members: int) -> Iterator[FoundSample]:
-    """Yield the whole samples of a tar, each of `num_members`, that are what they were.
+def find_samples(path: Path, is_whole: Callable[[Sequence[str]], bool]) -> Iterator[FoundSample]:
+    """Yield the whole samples of a tar that are what they were; see `read_samples`.
 
     A sample whose image does not have the sha256 that its .json says is passed over.
     """
     finished_at = path.stat().st_mtime
     with path.open("rb") as file:
-        for sample in read_samples(path, num_members):
+        for sample in read_samples(path, is_whole):
             file.seek(sample.start)
             data = file.read(sample.end - sample.start)
             media = _slice(data, sample, sample.offset, sample.size_bytes)

@@ -1,4 +1,4 @@
-"""Images as samples in tars, OUT/shards/000000.tar and on, as WebDataset reads them.
+"""Images and clips as samples in tars, OUT/shards/000000.tar and on, as WebDataset reads them.
 
 worker: open shard -> closed shard under a temporary name; driver: number and index -> metadata.
 """
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from raydiff.errors import DiskError, EngineError
 from raydiff.output.atomic import disk_error
 from raydiff.output.audio import Audio
 from raydiff.output.media import encode_image
+from raydiff.output.media_files import is_clip
 from raydiff.output.open_shard import OpenShard, temporary_index
 from raydiff.output.shard_index import (
     HEADER_BYTES,
@@ -40,7 +42,7 @@ from raydiff.output.shard_index import (
 from raydiff.output.shard_recovery import TOLD_IN_SAMPLES, find_samples
 from raydiff.output.storage import Storage, open_storage
 from raydiff.output.tar_samples import json_bytes, sample_bytes, text_bytes
-from raydiff.output.writer import request_metadata
+from raydiff.output.writer import clip_of, request_metadata
 from raydiff.request import RenderRequest, RenderResult
 
 TEMPORARY_DIR = f"{SHARDS_DIR}/.tmp"
@@ -51,7 +53,8 @@ NUM_READERS = 16
 
 
 class ShardWriter:
-    """Collects a worker's images in one open shard; any number of threads may write at once."""
+    """Collects a worker's images and clips in one open shard; any number of threads may write at
+    once."""
 
     def __init__(
         self, out: str | Path | Storage, config: OutputConfig, *, worker_id: str = "w"
@@ -73,21 +76,23 @@ class ShardWriter:
         result: RenderResult,
         audio: Audio | None = None,
     ) -> list[RenderResult]:
-        """Add the image of `request`; return all results of its shard if that is full now.
+        """Add the image or clip of `request`; return all results of its shard if that is full now.
 
-        Raises DiskError.
+        Raises DiskError, and RowError for a clip that the file's format cannot hold.
         """
         started = time.perf_counter()
-        metadata = None if self._config.strip_metadata else request_metadata(request)
-        media = encode_image(pixels, config=self._config, metadata=metadata)
+        encoded = self._encoded(request, pixels, audio)
         result = replace(
             result,
-            sha256=hashlib.sha256(media).hexdigest(),
-            size_bytes=len(media),
-            member=f"{request.request_id}.{self._config.image}",
+            sha256=hashlib.sha256(encoded.media).hexdigest(),
+            size_bytes=len(encoded.media),
+            member=f"{request.request_id}.{encoded.ending}",
+            duration_s=encoded.duration_s,
+            audio_sample_rate=encoded.audio_sample_rate,
         )
-        texts = {} if metadata is None else _texts(request, result)
-        sample = sample_bytes(request.request_id, self._config.image, media, texts)
+        texts = {} if self._config.strip_metadata else _texts(request, result)
+        sound = {} if encoded.wav is None else {"wav": encoded.wav}
+        sample = sample_bytes(request.request_id, encoded.ending, encoded.media, sound | texts)
         with self._lock:
             shard = self._shard = self._shard or self._begin()
             with _disk_errors(self._storage, shard.name):
@@ -105,6 +110,24 @@ class ShardWriter:
                 shards.append(self._shard)
                 self._shard = None
         return [result for shard in shards for result in self._close(shard)]
+
+    def _encoded(
+        self, request: RenderRequest, pixels: NDArray[np.uint8], audio: Audio | None
+    ) -> "_Encoded":
+        if request.video is None:
+            metadata = None if self._config.strip_metadata else request_metadata(request)
+            media = encode_image(pixels, config=self._config, metadata=metadata)
+            return _Encoded(self._config.image, media)
+        from raydiff.output.video import encode_clip, encode_sound  # takes what only clips need
+
+        clip = clip_of(request, request.video, audio)
+        return _Encoded(
+            ending=self._config.video,
+            media=encode_clip(clip, [pixels], self._config),
+            wav=encode_sound(clip, self._config),
+            duration_s=clip.duration_s,
+            audio_sample_rate=None if audio is None else audio.sample_rate,
+        )
 
     def _begin(self) -> OpenShard:
         self._num_begun += 1
@@ -141,7 +164,7 @@ class ShardPublisher:
         """`fence` raises where the run is no longer this driver's: RunLock.check."""
         self._storage = open_storage(out)
         self._fence = fence
-        self._num_members = 1 if config.strip_metadata else 3
+        self._config = config
         self._published: dict[int, ShardHeader] = {}
         self._last = -1
         """Highest number that is taken."""
@@ -298,7 +321,7 @@ class ShardPublisher:
         """Write the index of a published shard anew; None if nothing can be read there."""
         name = shard_name(number)
         with self._local_copy(name) as path:
-            results = [sample.result for sample in find_samples(path, self._num_members)]
+            results = [sample.result for sample in find_samples(path, self._is_whole)]
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             size_bytes = path.stat().st_size
@@ -349,7 +372,7 @@ class ShardPublisher:
             return []
         shard = OpenShard(self._storage, f"{TEMPORARY_DIR}/.{secrets.token_hex(8)}.tar")
         with self._local_copy(name) as path:
-            for sample in find_samples(path, self._num_members):
+            for sample in find_samples(path, self._is_whole):
                 if not is_known(sample.result.request_id):
                     shard.append(sample.data, sample.result)
         if not shard.results:
@@ -357,6 +380,14 @@ class ShardPublisher:
             return []
         shard.close()
         return list(shard.results.values())
+
+    def _is_whole(self, endings: Sequence[str]) -> bool:
+        """Tell whether a sample, written in one go as image or clip, .wav, .json, .txt, is all
+        there."""
+        if not self._config.strip_metadata:
+            return endings[-1] == "txt"
+        # A silent clip has no sound to end with: it looks as if it was cut, and is made again.
+        return "wav" in endings or not (self._config.wav and is_clip(f".{endings[0]}"))
 
     @contextmanager
     def _local_copy(self, name: str) -> Iterator[Path]:
@@ -373,6 +404,16 @@ class ShardPublisher:
     def _remove_temporaries(self) -> None:
         names = self._storage.list_names(TEMPORARY_DIR)
         self._storage.delete(f"{TEMPORARY_DIR}/{name}" for name in names)
+
+
+class _Encoded(NamedTuple):
+    """The files of a sample, but for those that tell of it."""
+
+    ending: str
+    media: bytes
+    wav: bytes | None = None
+    duration_s: float | None = None
+    audio_sample_rate: int | None = None
 
 
 def is_temporary(file_name: str | None) -> bool:

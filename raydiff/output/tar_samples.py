@@ -1,12 +1,12 @@
 """Samples in a tar, as WebDataset has them: members next to one another whose names are equal up
-to the first dot. A sample here is an image or a video, `.json` and `.txt`.
+to the first dot. A sample here is an image or a clip, maybe its sound, `.json` and `.txt`.
 
 The headers say nothing of when, where or by whom, so equal samples are equal bytes.
 """
 
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ TEXT_MEMBERS = {"json", "txt"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A whole sample that stands in a tar. `member` is its image or video."""
+    """A whole sample that stands in a tar. `member` is its image or clip."""
 
     key: str
     member: str
@@ -35,8 +35,8 @@ class Sample:
     """Offset and size of its .json and .txt, by that ending."""
 
 
-def sample_bytes(key: str, ending: str, media: bytes, texts: Mapping[str, bytes]) -> bytes:
-    """Return a sample as it stands in a tar, its image or video first.
+def sample_bytes(key: str, ending: str, media: bytes, others: Mapping[str, bytes]) -> bytes:
+    """Return a sample as it stands in a tar: its image or clip, then the others by their ending.
 
     The media's bytes begin at BLOCK_BYTES. Raises OutputError for a key that is not a request_id:
     nothing else may choose a name in the archive.
@@ -44,7 +44,7 @@ def sample_bytes(key: str, ending: str, media: bytes, texts: Mapping[str, bytes]
     if not REQUEST_ID.fullmatch(key):
         raise OutputError(f"request_id is {key!r}; a name in an archive needs 32 hex digits")
     blocks = [_member(f"{key}.{ending}", media)]
-    blocks += [_member(f"{key}.{name}", data) for name, data in texts.items()]
+    blocks += [_member(f"{key}.{name}", data) for name, data in others.items()]
     return b"".join(blocks)
 
 
@@ -59,10 +59,11 @@ def text_bytes(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def read_samples(path: Path, num_members: int) -> Iterator[Sample]:
-    """Yield the samples of a tar that have all their members, up to where it ends or was cut."""
+def read_samples(path: Path, is_whole: Callable[[Sequence[str]], bool]) -> Iterator[Sample]:
+    """Yield the samples of a tar up to where it ends or was cut, if they are whole, which
+    `is_whole` says of the endings of their members."""
     for members in _groups(path):
-        if len(members) == num_members:
+        if is_whole([_ending(member) for member in members]):
             yield _sample(members)
 
 
@@ -110,6 +111,10 @@ def _key(member: tarfile.TarInfo) -> str:
     return member.name.partition(".")[0]
 
 
+def _ending(member: tarfile.TarInfo) -> str:
+    return member.name.partition(".")[2]
+
+
 def _end(member: tarfile.TarInfo) -> int:
     return member.offset_data + -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
 
@@ -126,6 +131,6 @@ def _sample(members: list[tarfile.TarInfo]) -> Sample:
         texts={
             ending: (member.offset_data, member.size)
             for member in members[1:]
-            if (ending := member.name.partition(".")[2]) in TEXT_MEMBERS
+            if (ending := _ending(member)) in TEXT_MEMBERS
         },
     )

@@ -2,6 +2,7 @@
 of frames."""
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from raydiff.config import OutputConfig
 from raydiff.errors import RowError
-from raydiff.output.atomic import REMEDIES
+from raydiff.output.atomic import REMEDIES, disk_error
 from raydiff.output.audio import fit_audio
 from raydiff.output.clip import Clip, Frame, iterate_frames
 from raydiff.output.encoders import check_encoders
@@ -53,8 +54,7 @@ class VideoWriter:
         whatever `chunks` raises; then there is no video, though frames of a folder may be left.
         """
         check_clip(clip, self._config)
-        if self._config.strip_metadata:
-            clip = replace(clip, metadata=None)
+        clip = _as_embedded(clip, self._config)
         started = time.perf_counter()
         waits: list[float] = []
         frames = iterate_frames(_timed(chunks, waits), clip)
@@ -78,28 +78,36 @@ class VideoWriter:
             self._store.put(file_name, clip.request_id, data)
             return file_name, hashlib.sha256(data).hexdigest(), len(data)
         with self._store.staged(file_name, clip.request_id) as path:
-            self._encode(path, frames, clip)
+            _encode(path, frames, clip, self._config)
             sha256, size_bytes = _digest(path)
         return file_name, sha256, size_bytes
 
-    def _encode(self, path: Path, frames: Iterator[Frame], clip: Clip) -> None:
-        try:
-            if self._config.video == "gif":
-                encode_gif(path, frames, clip)
-            else:
-                encode_video(path, frames, clip, self._config)
-        except av.FFmpegError as error:
-            if error.errno in REMEDIES:
-                raise OSError(error.errno, error.strerror) from error
-            raise RowError(
-                f"the clip of {clip.width}x{clip.height} could not be encoded: {error.strerror}. "
-                "Choose another size, output.codec or output.video."
-            ) from error
-
     def _save_wav(self, clip: Clip) -> None:
-        if clip.audio is not None and self._config.wav:
-            audio = fit_audio(clip.audio, clip.num_frames, clip.frame_rate)
-            self._store.put(wav_name(clip.request_id), clip.request_id, encode_wav(audio))
+        data = encode_sound(clip, self._config)
+        if data is not None:
+            self._store.put(wav_name(clip.request_id), clip.request_id, data)
+
+
+def encode_clip(clip: Clip, chunks: Iterable[NDArray[np.uint8]], config: OutputConfig) -> bytes:
+    """Return a clip as the bytes of an mp4, webm or gif. Raises what `VideoWriter.save` does.
+
+    It is encoded into a temporary file: one that plays as it loads is written back and forth.
+    """
+    check_clip(clip, config)
+    with tempfile.TemporaryDirectory(prefix="raydiff-") as folder:
+        path = Path(folder) / "clip"
+        try:
+            _encode(path, iterate_frames(chunks, clip), _as_embedded(clip, config), config)
+            return path.read_bytes()
+        except OSError as error:
+            raise disk_error(path, error) from error
+
+
+def encode_sound(clip: Clip, config: OutputConfig) -> bytes | None:
+    """Return the WAV file that goes with a clip, if one is asked for and it has sound."""
+    if clip.audio is None or not config.wav:
+        return None
+    return encode_wav(fit_audio(clip.audio, clip.num_frames, clip.frame_rate))
 
 
 def video_name(request_id: str, config: OutputConfig) -> str:
@@ -133,6 +141,25 @@ def check_clip(clip: Clip, config: OutputConfig) -> None:
         )
     if clip.audio is not None and not np.isfinite(clip.audio.samples).all():
         raise RowError("the sound holds values that are not finite; it cannot be written.")
+
+
+def _as_embedded(clip: Clip, config: OutputConfig) -> Clip:
+    return replace(clip, metadata=None) if config.strip_metadata else clip
+
+
+def _encode(path: Path, frames: Iterator[Frame], clip: Clip, config: OutputConfig) -> None:
+    try:
+        if config.video == "gif":
+            encode_gif(path, frames, clip)
+        else:
+            encode_video(path, frames, clip, config)
+    except av.FFmpegError as error:
+        if error.errno in REMEDIES:
+            raise OSError(error.errno, error.strerror) from error
+        raise RowError(
+            f"the clip of {clip.width}x{clip.height} could not be encoded: {error.strerror}. "
+            "Choose another size, output.codec or output.video."
+        ) from error
 
 
 def _timed(chunks: Iterable[T], waits: list[float]) -> Iterator[T]:

@@ -12,10 +12,9 @@ import numpy as np
 from raydiff.engine.messages import Role, TextKey, texts_of
 from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload, RenderedBatch
 from raydiff.errors import EngineError, OutOfMemoryError, RowError
-from raydiff.output.audio import Audio
 from raydiff.request import RenderRequest
+from tests.clips import clip_audio
 
-SAMPLE_RATE = 24_000
 PROFILES = ("full_gpu", "balanced", "gpu_poor")
 
 
@@ -128,7 +127,10 @@ class FaultyRenderer:
             profile=PROFILES[self._profile],
             dtype="float32",
             errors=[error or late for error, late in zip(errors, black, strict=True)],
-            audio=[_sound(request) for request in requests],
+            audio=[
+                None if one.video is None or "silent" in one.prompt else clip_audio()
+                for one in requests
+            ],
         )
 
     def _fail(self, prompt: str) -> None:
@@ -175,15 +177,6 @@ def _check_embeds(requests: Sequence[RenderRequest], embeds: Mapping[TextKey, Pa
             one = embeds[key]
             if not isinstance(one, np.ndarray) or not np.array_equal(one, _embeds(key)):
                 raise ValueError(f"{key.text!r}: the embedding is another text's")
-
-
-def _sound(request: RenderRequest) -> Audio | None:
-    if request.video is None or "silent" in request.prompt:
-        return None
-    num_samples = round(request.video.num_frames / request.video.frame_rate * SAMPLE_RATE)
-    times_s = np.arange(num_samples) / SAMPLE_RATE
-    tone = np.sin(2 * np.pi * 440 * times_s).astype(np.float32)
-    return Audio(samples=np.stack([tone, tone]), sample_rate=SAMPLE_RATE)
 
 
 def _warnings(requests: Sequence[RenderRequest]) -> list[str | None]:

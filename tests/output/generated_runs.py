@@ -46,13 +46,14 @@ def write_run(
     columns: pa.Schema = NO_COLUMNS,
     commit_every: int = 1000,
     format_: Literal["files", "webdataset"] = "files",
+    **output: Any,
 ) -> Path:
     """Write a run of `rows`: request fields over DEFAULTS, values of `columns`, and
 
-    `pixels` (the image; random by the seed if left out), `error` (the row failed), `bad` (it
-    made no request).
+    `pixels` (the image, or the clip's frames; random by the seed if left out), `audio` (the clip's
+    sound), `error` (the row failed), `bad` (it made no request).
     """
-    config = OutputConfig(format=format_, shard_rows=8)
+    config = OutputConfig(format=format_, shard_rows=8, **output)
     with start_run(
         folder,
         config=RunConfig(output=config),
@@ -86,7 +87,7 @@ def write_run(
                 pixels = row.get("pixels")
                 if pixels is None:
                     pixels = random_pixels(request.seed, request.height, request.width)
-                end(writer.write(request, pixels, result))
+                end(writer.write(request, pixels, result, row.get("audio")))
             if index % commit_every == commit_every - 1:
                 ledger.commit()
         end(writer.flush())

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydiff import __version__
-from raydiff.config import ModelConfig, OutputConfig
+from raydiff.config import LTX2Config, RunConfig
 from raydiff.errors import OutputError
 from raydiff.output.atomic import disk_error, replace_file
 from raydiff.output.gallery.chunks import (
@@ -32,9 +32,9 @@ from raydiff.output.gallery.chunks import (
 from raydiff.output.gallery.thumbnails import PENDING, MediaPlace, Thumbnails
 from raydiff.output.ledger import read_results
 from raydiff.output.media_files import MEDIA_COLUMNS, describe_media
-from raydiff.output.metadata_schema import REQUEST_COLUMNS
+from raydiff.output.metadata_schema import REQUEST_COLUMNS, VIDEO_COLUMNS
 from raydiff.output.progress import read_progress
-from raydiff.output.run_file import RunFile, read_run
+from raydiff.output.run_file import CLIP_KEYS, IMAGE_KEYS, RunFile, read_run
 from raydiff.output.storage import open_storage
 
 GALLERY_DIR = "gallery"
@@ -44,10 +44,14 @@ PAGE = "index.html"
 INTERVAL_S = 2.0
 MAX_LOAD = 0.2
 """Share of the time that a refreshed gallery may spend on it."""
-NOT_IN_MANIFEST = ("init_image_sha256", "model_revision")
-"""Columns of a request that follow from the others."""
-RECIPE_KEYS = {"model": ("variant", "dtype", "vae_dtype"), "output": ("image", "quality")}
-"""Settings that change the bytes of an image and are not in its row."""
+NOT_IN_MANIFEST = ("init_image_sha256", "model_revision", "video_mode", "text_encoder")
+"""Columns of a request that follow from the others or from the run's settings."""
+RECIPE_KEYS = {
+    "model": ("variant", "dtype", "vae_dtype"),
+    "ltx2": tuple(LTX2Config.model_fields),
+    "output": (*IMAGE_KEYS, *CLIP_KEYS),
+}
+"""Settings that change the bytes of a file and are not in its row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +117,9 @@ class Gallery:
                     "root": _relative_url(self._out_dir, self.folder),
                     "settings": _settings(self._run),
                     "manifest_columns": [
-                        name for name in REQUEST_COLUMNS if name not in NOT_IN_MANIFEST
+                        name
+                        for name in (*REQUEST_COLUMNS, *VIDEO_COLUMNS)
+                        if name not in NOT_IN_MANIFEST
                     ],
                     "columns": columns,
                     "chunk_rows": CHUNK_ROWS,
@@ -245,10 +251,10 @@ def _relative_url(out_dir: Path, folder: Path) -> str:
 
 def _settings(run: RunFile) -> dict[str, Any]:
     """Return the run's settings, other than the defaults, that a row's image depends on."""
-    defaults = {"model": ModelConfig().model_dump(), "output": OutputConfig().model_dump()}
+    defaults = RunConfig().model_dump(mode="json")
     return {
         f"{section}.{key}": run.config[section][key]
         for section, keys in RECIPE_KEYS.items()
         for key in keys
-        if run.config[section].get(key, defaults[section][key]) != defaults[section][key]
+        if run.config.get(section, {}).get(key, defaults[section][key]) != defaults[section][key]
     }

@@ -17,6 +17,7 @@ from raydiff.output.metadata_schema import (
     COST_COLUMNS,
     OUTCOME_COLUMNS,
     REQUEST_COLUMNS,
+    VIDEO_COLUMNS,
 )
 
 CHUNK_ROWS = 5000
@@ -158,7 +159,7 @@ def _choice_order(choice: tuple[Any, int]) -> tuple[bool, bool, Any]:
 
 
 def _group(name: str) -> str:
-    if name in REQUEST_COLUMNS:
+    if name in REQUEST_COLUMNS or name in VIDEO_COLUMNS:
         return "request"
     if name in OUTCOME_COLUMNS:
         return "outcome" if name in ("status", "error") else "file"

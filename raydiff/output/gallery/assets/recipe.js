@@ -2,6 +2,7 @@
 /* A row as it can be used again: as a line of a manifest, and as a command. */
 
 const MAX_ARGUMENT = 100000; // characters; Linux allows 131,072 bytes
+const NOT_DEFAULTS = ["model", "task", "prompt", "strength", "init_image"];
 
 /* Return the row as one line of JSON with the columns of a manifest, or null if it has none. */
 function manifestRow(store, row) {
@@ -32,10 +33,10 @@ function command(store, row) {
 }
 
 function promptCommand(store, row, prompt) {
-  const settings = [
-    "negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale",
-    "guidance_rescale", "sampler",
-  ].map((name) => [`defaults.${name}`, store.value(name, row)]).filter(([, value]) => value !== null);
+  const settings = store.status.manifest_columns
+    .filter((name) => !NOT_DEFAULTS.includes(name))
+    .map((name) => [`defaults.${name}`, store.value(name, row), store.columns.get(name)?.kind])
+    .filter(([, value]) => value !== null);
   return joined([
     "raydiff render",
     `--prompt=${quoted(prompt)}`,
@@ -75,8 +76,8 @@ function modelSettings(store, row) {
   return [...pinned, ...Object.entries(store.status.settings)];
 }
 
-function setting([key, value]) {
-  const isPlain = typeof value !== "string" || /^[\d.]+$/.test(value);
+function setting([key, value, kind]) {
+  const isPlain = kind === "json" || typeof value === "number" || /^[\d.]+$/.test(value);
   return `--set ${quoted(`${key}=${isPlain ? value : escaped(value)}`)}`;
 }
 
