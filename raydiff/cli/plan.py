@@ -3,12 +3,15 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from raydiff.cli.options import run_config, run_options
 from raydiff.cli.sweep import echo_axes
+
+if TYPE_CHECKING:
+    from raydiff.engine.plan import PlannedBatches, PlanReport
 
 
 @click.command()
@@ -37,17 +40,30 @@ def plan(
     else:
         echo_axes(report.axes)
         click.echo(
-            f"{report.num_rows} rows, {report.num_images} images: {report.num_distinct} distinct "
-            f"requests, {report.num_duplicates} duplicates, {report.num_bad} bad"
+            f"{report.num_rows} rows, {report.num_images} {_kinds(report)}: {report.num_distinct} "
+            f"distinct requests, {report.num_duplicates} duplicates, {report.num_bad} bad"
         )
         click.echo(f"{report.num_done} done, {report.num_new} to render")
         for batch in report.batches:
-            click.echo(
-                f"{batch.num_batches} batches of up to {batch.batch_size}: {batch.num_requests} x "
-                f"{batch.model} {batch.width}x{batch.height}, profile {batch.profile}"
-            )
+            click.echo(describe_batches(batch))
         for message in report.bad_rows:
             click.echo(message, err=True)
         if report.num_bad > len(report.bad_rows):
             click.echo(f"... and {report.num_bad - len(report.bad_rows)} more bad rows", err=True)
     sys.exit(1 if report.num_bad else 0)
+
+
+def describe_batches(batches: "PlannedBatches") -> str:
+    """Say in one line what shares batches, and how many there are."""
+    clip = ""
+    if batches.num_frames is not None:
+        clip = f", {batches.num_frames} frames at {batches.frame_rate:g}/s"
+    return (
+        f"{batches.num_batches} batches of up to {batches.batch_size}: {batches.num_requests} x "
+        f"{batches.model} {batches.width}x{batches.height}{clip}, profile {batches.profile}"
+    )
+
+
+def _kinds(report: "PlanReport") -> str:
+    kinds = {"images" if one.num_frames is None else "clips" for one in report.batches}
+    return " and ".join(sorted(kinds, reverse=True)) or "images"

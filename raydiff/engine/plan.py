@@ -31,11 +31,14 @@ MAX_BAD_ROWS = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedBatches:
-    """The requests of one model and size."""
+    """The requests of one model, size and, of clips, length and rate."""
 
     model: str
     height: int
     width: int
+    num_frames: int | None
+    """None for images, as the next."""
+    frame_rate: float | None
     num_requests: int
     profile: str
     batch_size: int
@@ -44,7 +47,7 @@ class PlannedBatches:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanReport:
-    """What a run would do. Images are rows, counted once for each of their images."""
+    """What a run would do. Images are rows, counted once for each of their images or clips."""
 
     num_rows: int
     """Rows of the manifest, up to `limit`."""
@@ -189,6 +192,8 @@ def _batches(
             model=key.model,
             height=key.height,
             width=key.width,
+            num_frames=key.num_frames,
+            frame_rate=key.frame_rate,
             num_requests=num_requests,
             profile=profile.name,
             batch_size=batch_size,

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raydiff.cli.plan import describe_batches
 from raydiff.config import RunConfig
+from raydiff.engine.known_models import KnownModels
 from raydiff.engine.plan import open_rows, plan
 from raydiff.errors import ConfigError, OutputError
 from raydiff.manifest.rows import extra_schema, read_rows
@@ -17,6 +19,7 @@ from raydiff.output.ledger import Ledger
 from raydiff.output.run_file import start_run
 from raydiff.request import RenderResult
 from raydiff.weights.resolve import resolve_model
+from tests.manifest.clip_model import LTX2
 
 
 @pytest.fixture
@@ -46,6 +49,32 @@ def test_a_plan_counts_rows_requests_and_batches(config: RunConfig) -> None:
     sizes = {batch.height: (batch.num_requests, batch.num_batches) for batch in report.batches}
     assert sizes == {64: (4, 2), 128: (4, 2)}
     assert not Path(config.out or "").exists()
+
+
+def test_a_plan_tells_clips_by_length_and_rate(tmp_path: Path, tiny_sd21: Path) -> None:
+    columns = {
+        "prompt": ["a fox"] * 6,
+        "seed": [1, 2, 3, 4, 5, 6],
+        "model": ["ltx2"] * 5 + [str(tiny_sd21)],
+        "num_frames": [121, 121, 121, 9, 120, None],
+        "frame_rate": [None, 24, 23.976, None, None, None],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "clips.parquet")
+    config = RunConfig.model_validate(
+        {"manifest": str(tmp_path / "clips.parquet"), "memory": {"profile": "cpu_only"}}
+    )
+    infos = {"ltx2": LTX2, str(tiny_sd21): resolve_model(str(tiny_sd21))}
+    report = plan(config, models=KnownModels(infos.__getitem__))
+    found = {(one.num_frames, one.frame_rate): one.num_requests for one in report.batches}
+    assert found == {(121, 24.0): 2, (121, 23.976): 1, (9, 24.0): 1, (None, None): 1}
+    sizes = {one.num_frames: one.batch_size for one in report.batches}
+    assert sizes[121] <= sizes[9]
+    (message,) = report.bad_rows
+    assert "num_frames is 120; LTX-2 needs a multiple of 8 and one. Use 113 or 121." in message
+    lines = [describe_batches(one) for one in report.batches]
+    assert "2 x ltx2 768x512, 121 frames at 24/s, profile cpu_only" in lines[0]
+    assert "1 x ltx2 768x512, 121 frames at 23.976/s, profile" in lines[1]
+    assert lines[3].endswith(f"1 x {tiny_sd21} 64x64, profile cpu_only")
 
 
 def test_a_plan_obeys_limit(config: RunConfig) -> None:

@@ -22,15 +22,19 @@ from raydiff.output.lock import RunLock
 from raydiff.output.media import read_image_metadata
 from raydiff.output.metadata_schema import COLUMNS
 from raydiff.request import ManifestRow, RenderRequest, RenderResult
+from raydiff.video_settings import VideoSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 EXTRA = pa.schema([("note", pa.string()), ("tags", pa.list_(pa.int64())), ("category", pa.int8())])
 CONTRACT_TEXT = (
-    "request_id row_index image_index status error file_name sha256 size_bytes member offset model "
+    "request_id row_index image_index status error file_name sha256 size_bytes member offset "
+    "duration_s audio_sample_rate model "
     "task prompt negative_prompt seed height width num_inference_steps guidance_scale "
-    "guidance_rescale sampler "
-    "strength init_image init_image_sha256 model_revision profile dtype batch_size worker_id node "
+    "guidance_rescale sampler strength init_image init_image_sha256 model_revision "
+    "num_frames frame_rate video_mode text_encoder stg_scale stg_blocks modality_scale "
+    "audio_guidance_scale audio_stg_scale audio_modality_scale audio_guidance_rescale "
+    "nfe profile dtype batch_size worker_id node "
     "device num_threads encode_s denoise_s decode_s write_s peak_vram_bytes raydiff_version "
     "finished_at warning"
 )
@@ -61,8 +65,9 @@ def part_paths(out_dir: Path) -> list[Path]:
 
 def test_columns_are_the_contracts_in_its_order():
     assert list(COLUMNS) == CONTRACT
-    known = {field.name for noun in (RenderRequest, RenderResult) for field in fields(noun)}
-    assert known <= set(COLUMNS)
+    nouns = (RenderRequest, VideoSettings, RenderResult)
+    known = {field.name for noun in nouns for field in fields(noun)}
+    assert known - {"video"} <= set(COLUMNS)
 
 
 def test_some_columns_are_those_of_the_whole(open_ledger, make):
@@ -103,12 +108,61 @@ def test_every_value_comes_back(open_ledger, make):
     assert list(values) == [*CONTRACT, "note", "tags", "category"]
     for noun in (request, result):
         for field in fields(noun):
-            if field.name != "finished_at":
+            if field.name not in ("finished_at", "video"):
                 assert values[field.name] == getattr(noun, field.name), field.name
     assert (values["row_index"], values["image_index"]) == (2**40, 4095)
     assert values["finished_at"] == datetime.fromtimestamp(result.finished_at, UTC)
     assert (values["note"], values["tags"], values["category"]) == ("山", [1, 2], -5)
     assert ledger.find(request.request_id) == result
+
+
+def test_clips_and_images_share_a_table(open_ledger, make):
+    """A clip's settings stand beside the request's; an image's are null."""
+    run, ledger = open_ledger()
+    settings = {
+        "video_mode": "two_stage",
+        "text_encoder": "precomputed",
+        "num_frames": 121,
+        "frame_rate": 24000 / 1001,
+        "stg_scale": 1.0,
+        "stg_blocks": (28, 29),
+        "modality_scale": 3.0,
+        "audio_guidance_scale": 7.0,
+        "audio_stg_scale": 0.5,
+        "audio_modality_scale": 2.5,
+        "audio_guidance_rescale": 0.7,
+    }
+    assert list(settings) == [field.name for field in fields(VideoSettings)]
+    made = {"duration_s": 121 * 1001 / 24000, "audio_sample_rate": 24_000, "nfe": 163}
+    for row in range(300):
+        is_clip = row % 3 == 0
+        video = VideoSettings(**settings) if is_clip else None
+        request = make.request(row, task="txt2vid" if is_clip else "txt2img", video=video)
+        result = make.result(request, **(made if is_clip else {}))
+        ledger.add(make.row(request, row), result)
+        if is_clip:
+            clip = result
+    ledger.add(
+        ManifestRow(row_index=300, image_index=0, request=None, error="row 300: bad", extra=None),
+        RenderResult(request_id="", status="failed"),
+    )
+    ledger.commit()
+    image, clip_row, bad = (
+        read_results(run.out_dir).slice(row, 1).to_pylist()[0] for row in (298, 297, 300)
+    )
+    expected = {**settings, **made, "stg_blocks": [28, 29]}
+    assert {name: clip_row[name] for name in expected} == expected
+    assert all(image[name] is None and bad[name] is None for name in expected)
+    assert ledger.find(clip.request_id) == clip
+    # What repeats is stored once: the list's numbers too.
+    (part,) = part_paths(run.out_dir)
+    group = pq.read_metadata(part).row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    plain = {one.path_in_schema for one in columns if "RLE_DICTIONARY" not in one.encodings}
+    assert plain == {
+        *("request_id", "row_index", "image_index", "file_name", "sha256", "size_bytes", "seed"),
+        *("member", "offset", "write_s", "finished_at"),
+    }
 
 
 def test_a_row_that_failed_validation_keeps_its_own_columns(open_ledger, make):
@@ -138,26 +192,6 @@ def test_hard_texts_come_back(open_ledger, make):
     ledger.commit()
     stored = read_results(run.out_dir)["prompt"].to_pylist()
     assert stored == [*prompts[:-1], "not \\udc80 utf-8"]
-
-
-def test_a_run_from_before_there_were_shards_goes_on(open_ledger, make):
-    """Its metadata lacks the columns that came with them: they read as null."""
-    run, ledger = open_ledger()
-    add_rows(ledger, make, range(30))
-    run.close()
-    (part,) = part_paths(run.out_dir)
-    old = pq.read_table(part).drop_columns(["member", "offset", "num_threads"])
-    pq.write_table(old, part)
-    run, resumed = open_ledger()
-    known = resumed.find(make.request(7).request_id)
-    assert known == make.result(make.request(7))
-    request = make.request(30)
-    resumed.add(make.row(request, 30), make.result(request, member="a.png", offset=512))
-    resumed.commit()
-    table = read_results(run.out_dir)
-    assert table.schema.names == CONTRACT
-    assert table["member"].to_pylist() == [None] * 30 + ["a.png"]
-    assert table["offset"].to_pylist() == [None] * 30 + [512]
 
 
 def test_an_empty_run_is_an_empty_table(open_ledger):
