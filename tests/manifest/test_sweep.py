@@ -12,8 +12,10 @@ import pytest
 
 from raydiff.config import SweepConfig
 from raydiff.errors import ConfigError, InputError, ManifestError
-from raydiff.manifest.reader import MAX_BATCH_BYTES, Manifest
+from raydiff.manifest.reader import MAX_BATCH_BYTES, Manifest, open_manifest
+from raydiff.manifest.schema import check_value, known_values
 from raydiff.manifest.sweep import open_sweep
+from raydiff.manifest.writer import write_manifest
 
 
 def rows(manifest: Manifest, start_row: int = 0) -> list[dict[str, Any]]:
@@ -265,3 +267,49 @@ def test_a_wildcard_of_a_known_column_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("sdxl\n")
     with pytest.raises(ConfigError, match='the column "model"'):
         sweep(template="__model__", wildcards=str(tmp_path))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_lists_of_blocks_come_from_any_source_and_any_axis(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"source.{ending}"
+    if ending == "jsonl":
+        path.write_text(
+            '{"prompt": "a", "stg_blocks": [28, 29]}\n{"prompt": "b", "stg_blocks": 3}\n'
+            '{"prompt": "c"}\n'
+        )
+    elif ending == "csv":
+        path.write_text('prompt,stg_blocks\na,"28,29"\nb,3\nc,\n')
+    else:
+        blocks = pa.array([[28, 29], [3], None], pa.large_list(pa.int16()))
+        pq.write_table(pa.table({"prompt": ["a", "b", "c"], "stg_blocks": blocks}), path)
+    expected = [("a", (28, 29)), ("b", (3,)), ("c", None)]
+    given = sweep(path, seeds=[1, 2])
+    assert checked_blocks(given) == [pair for pair in expected for _ in range(2)]
+    # Written to Parquet, and read again.
+    out = tmp_path / "manifest.parquet"
+    write_manifest(given, out, rows_per_file=100)
+    assert checked_blocks(open_manifest(out)) == checked_blocks(given)
+    # An axis goes before the source's column.
+    axis = sweep(path, grid={"stg_blocks": [[28, 29], [5], None]})
+    assert checked_blocks(axis) == [
+        (prompt, blocks) for prompt, _ in expected for blocks in ((28, 29), (5,), None)
+    ]
+    assert axis.fingerprint != sweep(path, grid={"stg_blocks": "28,29,5,null"}).fingerprint
+
+
+def checked_blocks(manifest: Manifest) -> list[tuple[str, Any]]:
+    """Return each row's prompt and blocks, as a request has them."""
+    return [
+        (
+            row["prompt"],
+            check_value("stg_blocks", row["stg_blocks"]) if "stg_blocks" in row else None,
+        )
+        for _, batch in manifest.batches()
+        for row in known_values(batch)
+    ]
+
+
+def test_a_template_shows_a_list_as_text() -> None:
+    grid = {"stg_blocks": [[28, 29], 3]}
+    found = rows(sweep(template="a fox, blocks {stg_blocks}", grid=grid))
+    assert [row["prompt"] for row in found] == ["a fox, blocks 28,29", "a fox, blocks 3"]
