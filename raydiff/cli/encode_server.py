@@ -45,9 +45,6 @@ def encode_server(
     raydiff encode-server --model Lightricks/LTX-2 --host 0.0.0.0 --token-file token
     raydiff encode-server --model Lightricks/LTX-2 --insecure
     """
-    # It keeps nothing that would have to be put in order: a signal may end it anywhere.
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, signal.SIG_DFL)
     token = _token(token_file, insecure)
     values = dict(parse_override(text) for text in overrides)
     config = load_config(overrides=values | {"model.name": model})
@@ -55,6 +52,9 @@ def encode_server(
     from raydiff.pipelines.encoder_server import EncoderServer, serve_encoder
 
     with EncoderServer(host, port, token=token) as server:
+        # It keeps nothing that would have to be put in order: a signal may end it anywhere.
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ending, signal.SIG_DFL)
         serve_encoder(
             server,
             model=config.model,

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raydiff.config import LTX2Config, RunConfig
+from raydiff.config import RunConfig
 from raydiff.engine.cluster import ZERO_COPY
 from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
@@ -35,6 +35,7 @@ from raydiff.output.progress import Progress, ProgressFile
 from raydiff.output.run_file import Run, start_run
 from raydiff.output.shards import ShardPublisher
 from raydiff.output.storage import open_storage
+from raydiff.request import ModelInfo
 
 RENDERER = "raydiff.engine.renderers:PipelineRenderer"
 MAX_WRITE_THREADS = 4
@@ -91,20 +92,12 @@ def render(
     models = known_models(config.model)
     # Where rows name no model it is this one: a worker can load it before its first batch.
     preload = None if "model" in opened.schema.names else models(config.model.name)
-    keeps_embeds = config.engine.embeds_on_disk
-    arguments = {
-        "model": config.model,
-        "memory": config.memory,
-        "ltx2": _for_workers(config.ltx2),
-        "preload": preload,
-        "embeds_in": _absolute(config.out) if keeps_embeds else None,
-    }
     return run_manifest(
         opened,
         config=config,
         models=models,
         renderer=RENDERER,
-        arguments=arguments,
+        arguments=renderer_arguments(config, preload),
         retry=retry,
         on_progress=on_progress,
         on_warning=on_warning,
@@ -301,8 +294,15 @@ def _num_write_threads(placement: StagePlacement) -> int:
     return min(MAX_WRITE_THREADS, placement.num_threads)
 
 
-def _for_workers(ltx2: LTX2Config) -> LTX2Config:
-    return ltx2.model_copy(update={"embeds": _absolute(ltx2.embeds)})
+def renderer_arguments(config: RunConfig, preload: ModelInfo | None) -> dict[str, Any]:
+    """Return what the renderer of a run is built from in every worker but its role."""
+    return {
+        "model": config.model,
+        "memory": config.memory,
+        "ltx2": config.ltx2.model_copy(update={"embeds": _absolute(config.ltx2.embeds)}),
+        "preload": preload,
+        "embeds_in": _absolute(config.out) if config.engine.embeds_on_disk else None,
+    }
 
 
 def _absolute(place: str | None) -> str | None:
