@@ -282,13 +282,16 @@ def describe(settings: Row) -> str:
         parts.append(PurePath(values.pop("model")).name)
     if "width" in values and "height" in values:
         parts.append(f"{values.pop('width')}x{values.pop('height')}")
+    if "num_frames" in values and "frame_rate" in values:
+        frames, rate = values.pop("num_frames"), values.pop("frame_rate")
+        parts.append(f"{frames} frames at {label(rate)} fps")
     if "num_inference_steps" in values:
         parts.append(f"{values.pop('num_inference_steps')} steps")
     if "guidance_scale" in values:
         parts.append(f"guidance {label(values.pop('guidance_scale'))}")
     if "sampler" in values:
         parts.append(values.pop("sampler"))
-    if values.get("task") == "txt2img":
+    if values.get("task") in ("txt2img", "txt2vid"):
         del values["task"]
     if not values.get("guidance_rescale"):
         values.pop("guidance_rescale", None)

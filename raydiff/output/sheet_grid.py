@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from raydiff.errors import ConfigError, OutputError, nearest
 from raydiff.output.ledger import read_results, read_results_schema
 from raydiff.output.media_files import MEDIA_COLUMNS
-from raydiff.output.metadata_schema import REQUEST_COLUMNS
+from raydiff.output.metadata_schema import REQUEST_COLUMNS, VIDEO_COLUMNS
 from raydiff.output.rows_file import plain
 
-SHOWN_COLUMNS = ("request_id", "status", "error", *MEDIA_COLUMNS, *REQUEST_COLUMNS)
+NOT_COMPARED = ("init_image_sha256", "model_revision", "stg_blocks")
 COMPARED_COLUMNS = tuple(
-    name for name in REQUEST_COLUMNS if name not in ("init_image_sha256", "model_revision")
+    name for name in (*REQUEST_COLUMNS, *VIDEO_COLUMNS) if name not in NOT_COMPARED
 )
+SHOWN_COLUMNS = ("request_id", "status", "error", *MEDIA_COLUMNS, *COMPARED_COLUMNS)
 
 Row = dict[str, Any]
 Numbers = NDArray[np.int64]
