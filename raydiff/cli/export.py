@@ -18,7 +18,7 @@ MAX_PROBLEMS = 20
     "format_",
     type=click.Choice(["webdataset", "imagefolder", "hf-parquet"]),
     required=True,
-    help="Tars; a folder of images; Parquet with the images inside.",
+    help="Tars; a folder of images or videos; Parquet with them inside.",
 )
 @click.option(
     "--dest",
@@ -56,7 +56,7 @@ def export(
     shard_rows: int,
     max_shard_mb: int,
 ) -> None:
-    """Write the completed images of OUT, each once, as a dataset that other libraries load.
+    """Write the completed images and clips of OUT, each once, as a dataset for other libraries.
 
     Exit status 1 when files were missing or damaged and so left out. An export that was
     interrupted keeps a file _unfinished_export.json; the same command begins it anew.

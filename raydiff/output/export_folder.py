@@ -1,4 +1,4 @@
-"""An export as a folder of images with a table beside them."""
+"""An export as a folder of images, or of videos, with a table beside them."""
 
 import os
 from collections import deque
@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
 
+from raydiff.errors import ConfigError
 from raydiff.output.export_parquet import ParquetFile
 from raydiff.output.export_rows import Chunk, ExportRows
 from raydiff.output.export_targets import ShardLimits, Target, free_names
@@ -17,7 +18,8 @@ WRITES_IN_FLIGHT = 64
 
 
 class FolderTarget(Target):
-    """train/ab/<request_id>.png and train/metadata.parquet, as Hugging Face's ImageFolder has it.
+    """train/ab/<request_id>.png and train/metadata.parquet, as Hugging Face's ImageFolder has it,
+    and for videos its VideoFolder.
 
     Parquet, not JSON lines: a column that is null in the first rows, or in all rows of one split,
     keeps its type.
@@ -25,6 +27,8 @@ class FolderTarget(Target):
 
     def __init__(self, dest: Storage, rows: ExportRows, limits: ShardLimits) -> None:
         super().__init__(dest, rows, limits)
+        _check_kinds(rows)
+        self._builder = "videofolder" if rows.has_videos else "imagefolder"
         names = free_names(rows.schema.names, _is_taken_in_folders)
         fields = [rows.schema.field(old).with_name(new) for old, new in names.items()]
         self._file_schema = pa.schema([("file_name", pa.string()), *fields])
@@ -66,9 +70,18 @@ class FolderTarget(Target):
 
     @property
     def loading(self) -> str:
-        return 'datasets.load_dataset("imagefolder", data_dir=".")'
+        return f'datasets.load_dataset("{self._builder}", data_dir=".")'
+
+
+def _check_kinds(rows: ExportRows) -> None:
+    """Raise ConfigError for files that neither ImageFolder nor VideoFolder takes as they are."""
+    remedy = "Use --to webdataset or hf-parquet."
+    if rows.has_videos and rows.has_images:
+        raise ConfigError(f"--to imagefolder: the run has images and videos. {remedy}")
+    if ".webm" in rows.endings:
+        raise ConfigError(f"--to imagefolder: VideoFolder of `datasets` takes no .webm. {remedy}")
 
 
 def _is_taken_in_folders(name: str) -> bool:
-    """Tell whether ImageFolder would take a column of this name for files."""
+    """Tell whether ImageFolder or VideoFolder would take a column of this name for files."""
     return name in ("image", "video") or name.endswith(("file_name", "file_names"))

@@ -18,16 +18,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raydiff.errors import ConfigError, nearest
+from raydiff.errors import ConfigError, OutputError, nearest
 from raydiff.output.keys import Keys, request_keys
 from raydiff.output.media_files import (
     MEDIA_COLUMNS,
     MediaError,
     describe_media,
+    is_clip,
     is_video,
     media_name,
     read_media,
 )
+from raydiff.output.metadata_schema import VIDEO_COLUMNS
 from raydiff.output.query import open_results
 from raydiff.output.rows_file import plain
 from raydiff.output.scores import read_scores, score_names
@@ -39,6 +41,8 @@ LEFT_OUT = (
 )
 """Columns that a dataset has only if they are asked for by name: where and how fast a row was
 rendered, and paths of that machine. Those of MEDIA_COLUMNS say nothing outside the run."""
+OF_CLIPS = (*VIDEO_COLUMNS, "duration_s", "audio_sample_rate", "nfe")
+"""Columns that are empty in a run of images."""
 NEVER = ("file_name", "member", "offset")
 NEEDED = ("request_id", "status", "sha256", "model", "model_revision", *MEDIA_COLUMNS)
 READ_ROWS = 4096
@@ -87,33 +91,33 @@ class ExportRows:
         self._out = out
         self._chunk_bytes = chunk_bytes
         self._results = open_results(out)
+        self._is_completed = pc.field("status") == "completed"
+        self.endings = self._find_endings()
+        """Kinds of files: .png, .jpg, .webp, .mp4, ..."""
         self._scores = _Scores(out)
         known = pa.unify_schemas([self._results.schema, *self._scores.schemas])
-        self._columns = _chosen(known, columns)
+        self._columns = _chosen(known, columns, has_clips=any(map(is_clip, self.endings)))
         self._split = split
         self.schema = pa.schema(
             [(name, _portable(known.field(name).type)) for name in self._columns]
         )
-        self._is_completed = pc.field("status") == "completed"
         ids = self._results.to_table(columns=["request_id"], filter=self._is_completed)
         self._keys = np.unique(request_keys(ids["request_id"])[0])
         self.num_samples = len(self._keys)
         """Distinct images of the run."""
         self.splits = self._find_splits(known)
-        self.endings = self._find_endings()
-        """Kinds of files: png, jpg, webp, mp4, ..."""
         self.problems: list[str] = []
         """Files that were left out, and why."""
 
     @property
     def has_images(self) -> bool:
-        """Whether some samples are images."""
-        return any(not is_video(f".{ending}") for ending in self.endings)
+        """Whether some samples are images; a GIF is one to those who read a dataset."""
+        return not all(map(is_video, self.endings))
 
     @property
     def has_videos(self) -> bool:
         """Whether some samples are videos."""
-        return any(is_video(f".{ending}") for ending in self.endings)
+        return any(map(is_video, self.endings))
 
     def __iter__(self) -> Iterator[Chunk]:
         waiting = {split: _Waiting() for split in self.splits}
@@ -160,8 +164,13 @@ class ExportRows:
         names = ["file_name", "member"]
         for batch in self._results.to_batches(columns=names, filter=self._is_completed):
             media = pc.coalesce(batch.column("member"), batch.column("file_name"))
-            endings = pc.replace_substring_regex(media, r".*\.", "")
+            endings = pc.replace_substring_regex(media, r".*\.", ".")
             found.update(pc.unique(endings).to_pylist())
+        if ".json" in found:
+            raise OutputError(
+                f"{self._out.uri}: its clips are folders of frames (output.video frames), which no "
+                "dataset holds. Render them as mp4, webm or gif."
+            )
         return frozenset(found)
 
     # -- reading -------------------------------------------------------------------------------
@@ -276,9 +285,10 @@ class _Scores:
         return table
 
 
-def _chosen(known: pa.Schema, columns: Sequence[str] | None) -> list[str]:
+def _chosen(known: pa.Schema, columns: Sequence[str] | None, *, has_clips: bool) -> list[str]:
     if columns is None:
-        return [name for name in known.names if name not in LEFT_OUT]
+        left_out = LEFT_OUT if has_clips else (*LEFT_OUT, *OF_CLIPS)
+        return [name for name in known.names if name not in left_out]
     for name in columns:
         if name not in known.names:
             raise _unknown(name, known, "--columns")

@@ -16,6 +16,7 @@ from raydiff.output.run_file import start_run
 from raydiff.output.shards import ShardPublisher, ShardWriter
 from raydiff.output.writer import Writer
 from raydiff.request import ManifestRow, RenderRequest, RenderResult, with_request_id
+from tests.clips import clip_audio, clip_pixels, video_settings
 
 DEFAULTS: dict[str, Any] = {
     "model": "sdxl",
@@ -37,6 +38,23 @@ NO_COLUMNS = pa.schema([])
 def random_pixels(seed: int, height: int = 32, width: int = 48) -> np.ndarray:
     """uint8 (height, width, 3), another image for each seed."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def clip_rows(numbers: range) -> list[dict[str, Any]]:
+    """Return the rows of clips of 64x64, the last of them without sound."""
+    return [
+        {
+            "seed": number,
+            "task": "txt2vid",
+            "height": 64,
+            "width": 64,
+            "prompt": f"clip {number}",
+            "video": video_settings(),
+            "pixels": clip_pixels(number),
+            "audio": None if number == numbers[-1] else clip_audio(),
+        }
+        for number in numbers
+    ]
 
 
 def write_run(

@@ -15,13 +15,14 @@ from raydiff.engine.score_worker import ScoreBatch, ScoreSpec, ScoreWorker
 from raydiff.output.diff import RunDiff
 from raydiff.output.gallery.build import Gallery
 from raydiff.output.ledger import Ledger, read_results
+from raydiff.output.lock import RunLock
 from raydiff.output.pictures import make_picture
 from raydiff.output.recovery import BOOT_ID_FILE
 from raydiff.output.sheet import Sheet
 from raydiff.output.sheet_grid import read_grid
 from raydiff.output.verify import Verification
-from tests.clips import FRAME_RATE, NUM_FRAMES, SAMPLE_RATE, clip_audio, clip_pixels, video_settings
-from tests.output.generated_runs import NO_COLUMNS, write_run
+from tests.clips import FRAME_RATE, NUM_FRAMES, SAMPLE_RATE, clip_pixels
+from tests.output.generated_runs import NO_COLUMNS, clip_rows, write_run
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mp4": {},
@@ -29,23 +30,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gif": {"video": "gif"},
     "shards": {"format_": "webdataset", "wav": True},
 }
-
-
-def clip_rows(numbers: range) -> list[dict[str, Any]]:
-    """Return clips of 64x64, the last of them without sound."""
-    return [
-        {
-            "seed": number,
-            "task": "txt2vid",
-            "height": 64,
-            "width": 64,
-            "prompt": f"clip {number}",
-            "video": video_settings(),
-            "pixels": clip_pixels(number),
-            "audio": None if number == numbers[-1] else clip_audio(),
-        }
-        for number in numbers
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +113,6 @@ def test_every_damage_of_a_clip_is_found(
 
 def rows_after_a_power_loss(out: Path, given: dict[str, Any]) -> list[int]:
     """Return the rows that a driver still counts as done once the machine has restarted."""
-    from raydiff.output.lock import RunLock
-
     (out / "metadata" / BOOT_ID_FILE).write_text("another boot")
     config = OutputConfig(**{key: value for key, value in given.items() if key != "format_"})
     with RunLock(out).acquire() as lock:

@@ -24,7 +24,8 @@ from raydiff.output.export import UNFINISHED, export_run
 from raydiff.output.ledger import read_results
 from raydiff.output.scores import FileScore, ScoreTable
 from tests.cli.command import cli
-from tests.output.generated_runs import random_pixels, write_run
+from tests.clips import FRAME_RATE, NUM_FRAMES
+from tests.output.generated_runs import clip_rows, random_pixels, write_run
 
 pytestmark = [
     # Both libraries leave files that they read to the garbage collector.
@@ -304,27 +305,78 @@ def test_the_command_tells_what_it_wrote_and_left_out(tmp_path):
     assert "4 samples" in done.stdout
 
 
-def test_videos_pass_through_as_they_are(tmp_path):
-    """No pipeline makes videos yet: the rows of images are changed to those of videos."""
-    out = write_run(tmp_path / "out", [{"seed": n} for n in range(3)])
-    (part,) = (out / "metadata").glob("part-*.parquet")
-    table = pq.read_table(part)
-    film, found = b"a film", []
-    for row in table.to_pylist():
-        (out / "videos").mkdir(exist_ok=True)
-        name = f"videos/{row['request_id']}.mp4"
-        (out / name).write_bytes(film + bytes([row["seed"]]))
-        data = (out / name).read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        found.append({**row, "file_name": name, "sha256": digest, "size_bytes": len(data)})
-    pq.write_table(pa.Table.from_pylist(found, schema=table.schema), part)
-    export_run(out, tmp_path / "tars", to="webdataset")
-    with tarfile.open(tmp_path / "tars/data/train-00000.tar") as tar:
-        films = {one.name: tar.extractfile(one).read() for one in tar if ".mp4" in one.name}
-    assert sorted(films.values()) == [film + bytes([n]) for n in range(3)]
-    export_run(out, tmp_path / "parquet", to="hf-parquet")
-    column = pq.read_table(tmp_path / "parquet/data")["video"].to_pylist()
-    assert sorted(one["bytes"] for one in column) == sorted(films.values())
+# -- clips -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A run with three MP4s."""
+    return write_run(tmp_path_factory.mktemp("runs") / "clips", clip_rows(range(3)))
+
+
+def clip_bytes(out):
+    return {row["seed"]: (out / row["file_name"]).read_bytes() for row in rows_of(out)}
+
+
+def rows_of(out):
+    return read_results(out).to_pylist()
+
+
+def test_clips_in_tars_load_with_webdataset_and_datasets(clips, tmp_path):
+    export_run(clips, tmp_path / "tars", to="webdataset")
+    url = str(tmp_path / "tars/data/train-00000.tar")
+    samples = list(webdataset.WebDataset(url, shardshuffle=False).decode())
+    assert {one["json"]["seed"]: one["mp4"] for one in samples} == clip_bytes(clips)
+    assert samples[0]["json"]["num_frames"] == NUM_FRAMES
+    loaded = load("webdataset", data_files=url, split="train", tmp_path=tmp_path)
+    assert isinstance(loaded.features["mp4"], datasets.Video)
+    undecoded = loaded.cast_column("mp4", datasets.Video(decode=False))
+    assert {one["json"]["seed"]: one["mp4"]["bytes"] for one in undecoded} == clip_bytes(clips)
+
+
+def test_clips_in_folders_load_with_datasets(clips, tmp_path):
+    export_run(clips, tmp_path / "films", to="imagefolder")
+    assert 'load_dataset("videofolder"' in (tmp_path / "films/README.md").read_text()
+    loaded = load("videofolder", data_dir=str(tmp_path / "films"), split="train", tmp_path=tmp_path)
+    assert isinstance(loaded.features["video"], datasets.Video)
+    undecoded = loaded.cast_column("video", datasets.Video(decode=False))
+    found = {one["seed"]: Path(one["video"]["path"]).read_bytes() for one in undecoded}
+    assert found == clip_bytes(clips)
+    assert undecoded[0]["stg_blocks"] == [29]
+
+
+def test_clips_in_parquet_load_with_datasets(clips, tmp_path):
+    export_run(clips, tmp_path / "rows", to="hf-parquet")
+    loaded = load(str(tmp_path / "rows"), split="train", tmp_path=tmp_path)
+    assert isinstance(loaded.features["video"], datasets.Video)
+    undecoded = loaded.cast_column("video", datasets.Video(decode=False))
+    assert {one["seed"]: one["video"]["bytes"] for one in undecoded} == clip_bytes(clips)
+    assert {one["duration_s"] for one in undecoded} == {NUM_FRAMES / FRAME_RATE}
+
+
+def test_gifs_are_images_to_datasets(tmp_path):
+    out = write_run(tmp_path / "out", clip_rows(range(2)), video="gif")
+    export_run(out, tmp_path / "gifs", to="imagefolder")
+    loaded = load("imagefolder", data_dir=str(tmp_path / "gifs"), split="train", tmp_path=tmp_path)
+    assert [one["image"].n_frames for one in loaded] == [NUM_FRAMES] * 2
+
+
+def test_clips_that_a_format_cannot_hold_are_refused(tmp_path):
+    webm = write_run(tmp_path / "webm", clip_rows(range(1)), video="webm")
+    with pytest.raises(ConfigError, match=r"takes no \.webm\. Use --to webdataset"):
+        export_run(webm, tmp_path / "x", to="imagefolder")
+    mixed = write_run(tmp_path / "mixed", [{"seed": 9}, *clip_rows(range(1))])
+    with pytest.raises(ConfigError, match=r"images and videos\. Use --to webdataset"):
+        export_run(mixed, tmp_path / "y", to="imagefolder")
+    frames = write_run(tmp_path / "frames", clip_rows(range(1)), video="frames")
+    with pytest.raises(OutputError, match=r"folders of frames .* Render them as mp4"):
+        export_run(frames, tmp_path / "z", to="webdataset")
+
+
+def test_images_have_no_columns_of_clips(run, tmp_path):
+    export_run(run, tmp_path / "rows", to="hf-parquet")
+    names_there = pq.read_table(tmp_path / "rows/data").column_names
+    assert not {"num_frames", "stg_blocks", "duration_s", "nfe"} & set(names_there)
 
 
 # -- whole or not ----------------------------------------------------------------------------------
