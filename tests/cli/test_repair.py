@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 from PIL import Image
 
 import raydiff
+from raydiff.engine.plan import plan
 from raydiff.engine.recorded_run import recorded_config
 from raydiff.engine.rerender import Rerenderer
 from raydiff.errors import ConfigError, InputError, ModelError
 from raydiff.output.row_samples import find_request, sample_requests
 from tests.cli.command import cli
+from tests.output.old_runs import make_old
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a cat"},
@@ -70,6 +73,19 @@ def test_an_image_is_reproduced_byte_for_byte(folder: Path) -> None:
     assert "3 rendered again: 3 equal byte for byte, 0 within" in run.stdout
     assert "nothing like" not in run.stdout
     cli("verify", "out", "--rerender", "0%", cwd=folder, status=2)
+
+
+def test_a_run_of_an_older_version_is_reproduced_and_has_nothing_left_to_do(
+    folder: Path, tmp_path: Path
+) -> None:
+    old = make_old(Path(shutil.copytree(folder / "out", tmp_path / "out")), "before clips")
+    rows = sample_requests(old, share=1.0, number=1, seed=0).to_pylist()
+    assert len(rows) == 3
+    rerenderer = Rerenderer(old, model=str(folder / "model"))
+    assert all(rerenderer.render(row).is_equal for row in rows)
+    with chdir(folder):
+        report = plan(recorded_config(old))
+    assert (report.num_images, report.num_done, report.num_new) == (4, 4, 0)
 
 
 def test_another_image_than_the_metadata_makes_is_found(folder: Path, tmp_path: Path) -> None:
