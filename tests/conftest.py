@@ -28,6 +28,18 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_ltx2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny LTX-2.0 pipeline folder, which makes clips with sound."""
+    return _tiny("ltx2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_ltx23(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny LTX-2.3 pipeline folder."""
+    return _tiny("ltx2.3", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> "Iterator[FaultyS3]":
     from tests.s3_server import FaultyS3
 

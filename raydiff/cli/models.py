@@ -1,4 +1,5 @@
-"""`raydiff models`: list those with a short name, look into checkpoints, download them, make tiny ones and fp8 copies."""
+"""`raydiff models`: list published checkpoints, look into them, download them, make tiny ones and
+fp8 copies."""
 
 import json
 import sys
@@ -8,7 +9,7 @@ from typing import Literal
 
 import click
 
-TINY_FAMILIES = ("sd21", "sdxl")
+TINY_FAMILIES = ("sd21", "sdxl", "ltx2", "ltx2.3")
 
 
 @click.group()
@@ -105,19 +106,21 @@ def pull(model: str, revision: str | None, variant: Literal["auto", "fp16", "non
 @click.argument("family", type=click.Choice(TINY_FAMILIES))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
-def make_tiny(family: Literal["sd21", "sdxl"], folder: Path, seed: int) -> None:
+def make_tiny(family: Literal["sd21", "sdxl", "ltx2", "ltx2.3"], folder: Path, seed: int) -> None:
     """Write a tiny FAMILY pipeline with random weights into FOLDER.
 
-    It has the files and names of the real checkpoint, takes a megabyte, runs on any CPU, and
-    its images are noise.
+    It has the files and names of the real checkpoint, takes a few megabytes, runs on any CPU, and
+    its images or clips are noise.
 
     \b
     raydiff models make-tiny sd21 tiny-sd21
+    raydiff models make-tiny ltx2 tiny-ltx2
     """
     from raydiff.pipelines.tiny import make_tiny as write
 
     write(family, folder, seed)
-    click.echo(f"{folder}: a tiny {family} pipeline with random weights. Its images are noise.")
+    made = "clips" if family.startswith("ltx2") else "images"
+    click.echo(f"{folder}: a tiny {family} pipeline with random weights. Its {made} are noise.")
 
 
 @models.command()

@@ -1,4 +1,4 @@
-"""Write a Stable Diffusion pipeline as a folder in Hugging Face layout, a component at a time."""
+"""Write a pipeline as a folder in Hugging Face layout, a component at a time."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,8 @@ def save_index(
     *,
     is_sdxl: bool,
 ) -> None:
-    """Write the scheduler's config and model_index.json; `text_encoders` are configs by name."""
+    """Write Stable Diffusion's scheduler and model_index.json; `text_encoders` are configs by
+    name."""
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline",
         "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -42,6 +43,11 @@ def save_index(
             "safety_checker": [None, None],
             "requires_safety_checker": False,
         }
+    write_index(folder, index, scheduler)
+
+
+def write_index(folder: Path, index: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Write the scheduler's config and model_index.json, which lists the components' classes."""
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(folder / "model_index.json", index)
 

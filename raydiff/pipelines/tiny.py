@@ -1,6 +1,7 @@
 """Tiny random-weight pipelines in Hugging Face layout, for demos and tests without a download.
 
-Their images are noise; everything else (files, names, code path) is as in the real checkpoint.
+Their images and clips are noise; everything else (files, names, code path) is as in the real
+checkpoint.
 """
 
 from pathlib import Path
@@ -14,10 +15,12 @@ from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
 from raydiff.pipelines.save import save_component, save_index
+from raydiff.pipelines.tiny_ltx2 import LTX2Version, write_tiny_ltx2
 from raydiff.tokenizer import write_tiny_tokenizer
 
-TinyFamily = Literal["sd21", "sdxl"]
-TINY_FAMILIES: tuple[TinyFamily, ...] = ("sd21", "sdxl")
+TinyFamily = Literal["sd21", "sdxl", "ltx2", "ltx2.3"]
+ImageFamily = Literal["sd21", "sdxl"]
+LTX2_VERSIONS: dict[TinyFamily, LTX2Version] = {"ltx2": "2.0", "ltx2.3": "2.3"}
 
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -90,7 +93,8 @@ SDXL_SCHEDULER: dict[str, Any] = {
 
 
 def make_tiny(family: TinyFamily, folder: str | Path, seed: int = 0) -> Path:
-    """Write a tiny `family` pipeline with random weights (about 1 MB) into an empty folder.
+    """Write a tiny `family` pipeline with random weights into an empty folder: 1 MB, or LTX-2's
+    12 MB.
 
     The same family and seed give the same files. Raises OutputError when the folder holds
     something else.
@@ -100,6 +104,14 @@ def make_tiny(family: TinyFamily, folder: str | Path, seed: int = 0) -> Path:
         raise OutputError(f"{folder} is not empty; name a new folder for the tiny pipeline")
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
+    if family == "ltx2" or family == "ltx2.3":
+        write_tiny_ltx2(folder, LTX2_VERSIONS[family], generator)
+    else:
+        _write_images(family, folder, generator)
+    return folder
+
+
+def _write_images(family: ImageFamily, folder: Path, generator: torch.Generator) -> None:
     encoders = {"text_encoder": CLIP | {"architectures": ["CLIPTextModel"]}}
     if family == "sdxl":
         encoders["text_encoder_2"] = CLIP | {
@@ -127,10 +139,9 @@ def make_tiny(family: TinyFamily, folder: str | Path, seed: int = 0) -> Path:
     save_component(folder / "vae", vae_config, _random_weights(vae, generator))
     scheduler = SDXL_SCHEDULER if family == "sdxl" else SD21_SCHEDULER
     save_index(folder, encoders, scheduler, is_sdxl=family == "sdxl")
-    return folder
 
 
-def _unet_config(family: TinyFamily) -> dict[str, Any]:
+def _unet_config(family: ImageFamily) -> dict[str, Any]:
     if family == "sd21":
         return UNET | {
             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],

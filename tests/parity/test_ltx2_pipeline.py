@@ -26,6 +26,7 @@ from raydiff.memory.residency import Residency
 from raydiff.pipelines.ltx2 import LTX2Pipeline as OurPipeline
 from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_first_frame import compress
+from raydiff.pipelines.tiny_ltx2 import LTX2Version
 from raydiff.video_settings import VideoMode
 from tests.parity.ltx2_reference import (
     reference_pipeline,
@@ -34,11 +35,10 @@ from tests.parity.ltx2_reference import (
 )
 from tests.pipelines.tiny_ltx2 import (
     MAX_LENGTH,
-    Version,
     clip_request,
     tiny_components,
-    tiny_modules,
     tiny_pipeline,
+    two_stage_modules,
 )
 
 TOLERANCE = 1e-4
@@ -101,7 +101,7 @@ ROWS: list[dict[str, Any]] = [
 class Pair:
     """diffusers' pipelines of one version, and ours on the same weights."""
 
-    def __init__(self, version: Version, folder: Path) -> None:
+    def __init__(self, version: LTX2Version, folder: Path) -> None:
         self.pipe = reference_pipeline(version, folder)
         self.upsampler = reference_upsampler(version)
         self.refine_transformer = reference_transformer(version)
@@ -111,7 +111,7 @@ class Pair:
             "latent_upsampler": self.upsampler,
             "refine_transformer": self.refine_transformer,
         }
-        modules = tiny_modules(version, self.pipe.text_encoder.config.text_config.vocab_size)
+        modules = two_stage_modules(version, self.pipe.text_encoder.config.text_config.vocab_size)
         for name, module in modules.items():
             module.load_state_dict(references[name].state_dict())
         self.parts = tiny_components(version, folder, modules)
