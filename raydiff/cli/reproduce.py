@@ -1,6 +1,7 @@
-"""`raydiff reproduce`: render one image of a run again from its metadata, and compare."""
+"""`raydiff reproduce`: render one image or clip of a run again from its metadata, and compare."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,17 @@ def reproduce(out: str, request_id: str, to: Path | None, model: str | None, is_
     raydiff reproduce renders 3f2a9c01 --to again.png
     """
     from raydiff.engine.rerender import Rerenderer
+    from raydiff.errors import ConfigError
     from raydiff.output.atomic import written_whole
+    from raydiff.output.media_files import is_frames_index
     from raydiff.output.row_samples import find_request
 
     row = find_request(out, request_id)
+    if to is not None and is_frames_index(str(row["file_name"])):
+        raise ConfigError(
+            f"--to {to}: {row['file_name']} is a folder of frames, and this a single file. Leave "
+            "--to out."
+        )
     made = Rerenderer(out, model=model).render(row)
     if to is not None:
         with written_whole(to) as temporary:
@@ -44,15 +52,23 @@ def reproduce(out: str, request_id: str, to: Path | None, model: str | None, is_
 def describe_rerendered(made: "Rerendered") -> str:
     """Say how a new file compares with the old one, in one line."""
     name = f"row {made.row_index}: {made.file_name}"
-    if made.similarity is None:
+    if made.is_equal:
         return f"{name}: equal, byte for byte"
-    if made.similarity.is_equal:
-        found = "the same pixels in other bytes; the image encoder is another version"
+    if made.similarity is None:
+        found = "the same frames"
+    elif made.similarity.is_equal:
+        found = "the same pixels in other bytes; the encoder is another version"
     else:
         found = f"up to {made.max_abs} of 255 off, PSNR {made.similarity.psnr:.1f} dB"
+    if made.sound_psnr != math.inf:
+        found += f"; the sound {_describe_sound(made.sound_psnr)}"
     if made.device != made.recorded_device:
         found += f"; it was rendered on {made.recorded_device}, now on {made.device}"
     return f"{name}: {found}"
+
+
+def _describe_sound(psnr: float) -> str:
+    return "has another length or rate" if psnr == -math.inf else f"differs, PSNR {psnr:.1f} dB"
 
 
 def rerendered_values(made: "Rerendered") -> dict[str, Any]:
@@ -67,6 +83,7 @@ def rerendered_values(made: "Rerendered") -> dict[str, Any]:
         "recorded_sha256": made.recorded_sha256,
         "max_abs": made.max_abs,
         "psnr": None if similarity is None or similarity.is_equal else similarity.psnr,
+        "sound_psnr": made.sound_psnr if math.isfinite(made.sound_psnr) else None,
         "device": made.device,
         "recorded_device": made.recorded_device,
     }

@@ -1,14 +1,21 @@
 """`raydiff verify`: is every file that the metadata names there and unchanged?"""
 
 import json
+import math
 import re
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from raydiff.engine.rerender import Rerendered
+
 MAX_GREY_LEVELS = 1
-"""What rounding on other hardware may change; more is another image."""
+MIN_CLIP_PSNR = 40.0
+"""What rounding on other hardware may change; more is another image or clip. In a clip's frames and
+sound (dB) its encoder makes more of it."""
 
 
 def sample_size(
@@ -32,7 +39,7 @@ def sample_size(
     "sample",
     metavar="SIZE",
     callback=sample_size,
-    help="Also render some images again: 1%, or 20.",
+    help="Also render some images or clips again: 1%, or 20.",
 )
 @click.option("--seed", default=0, show_default=True, help="Which ones --rerender takes.")
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object per problem.")
@@ -40,7 +47,8 @@ def verify(out: str, sample: tuple[float, int] | None, seed: int, is_json: bool)
     """Check that every completed row of OUT has its file, with the size and sha256 it had.
 
     With --rerender, render a sample again from the metadata and compare. Exit status 1 when
-    something is wrong: an image rendered again may be 1 grey level off, as on another GPU.
+    something is wrong: an image rendered again may be 1 grey level off, as on another GPU, and a
+    clip so much that its PSNR is 40 dB.
     Files that no row names are listed, and are no error.
 
     \b
@@ -78,7 +86,7 @@ def _rerender(out: str, share: float, number: int, seed: int, is_json: bool) -> 
             num_rows += 1
             if made.is_equal:
                 continue
-            is_near = made.max_abs <= MAX_GREY_LEVELS
+            is_near = _is_near(made)
             num_near += is_near
             num_different += not is_near
             if is_json:
@@ -89,6 +97,14 @@ def _rerender(out: str, share: float, number: int, seed: int, is_json: bool) -> 
     if not is_json:
         click.echo(
             f"{num_rows} rendered again: {num_rows - num_near - num_different} equal byte for "
-            f"byte, {num_near} within {MAX_GREY_LEVELS} grey level, {num_different} different"
+            f"byte, {num_near} within {MAX_GREY_LEVELS} grey level (clips {MIN_CLIP_PSNR:g} dB), "
+            f"{num_different} different"
         )
     return num_different
+
+
+def _is_near(made: "Rerendered") -> bool:
+    if not made.is_clip:
+        return made.max_abs <= MAX_GREY_LEVELS
+    psnr = math.inf if made.similarity is None else made.similarity.psnr
+    return min(psnr, made.sound_psnr) >= MIN_CLIP_PSNR

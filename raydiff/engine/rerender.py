@@ -1,10 +1,12 @@
-"""Images of a run rendered again from their metadata alone, in this process, and compared with what
-the run wrote."""
+"""Images and clips of a run rendered again from their metadata alone, in this process, and compared
+with what the run wrote."""
 
-import hashlib
-import io
-from collections.abc import Mapping
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,31 @@ from raydiff.errors import InputError, ModelError, OutputError, RowError
 from raydiff.manifest.init_images import find_init_image
 from raydiff.memory.gpus import visible_gpus
 from raydiff.memory.profiles import compute_dtype
-from raydiff.output.frames import read_image
-from raydiff.output.media import encode_image
-from raydiff.output.media_files import describe_media, open_media
-from raydiff.output.metadata_schema import REQUEST_COLUMNS
+from raydiff.output.audio import Audio, sound_psnr
+from raydiff.output.clip_reader import open_clip
+from raydiff.output.frames import Pixels, read_image
+from raydiff.output.media_files import (
+    describe_media,
+    is_clip,
+    is_frames_index,
+    media_name,
+    open_media,
+)
+from raydiff.output.metadata_schema import REQUEST_COLUMNS, VIDEO_COLUMNS
 from raydiff.output.similarity import FrameComparison, Similarity
-from raydiff.output.writer import request_metadata
+from raydiff.output.writer import Writer
 from raydiff.request import RenderRequest, with_request_id
+from raydiff.video_settings import VideoSettings
 from raydiff.weights.resolve import resolve_model
 
 Row = Mapping[str, Any]
+Place = tuple[str | Path, Row]
+"""An output folder and a row of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rerendered:
-    """An image rendered again."""
+    """An image or clip rendered again."""
 
     row_index: int
     request_id: str
@@ -40,16 +52,19 @@ class Rerendered:
     sha256: str
     recorded_sha256: str
     similarity: Similarity | None
-    """To the run's own image; None where the files are equal."""
+    """To the run's own image or frames; None where the files are equal."""
+    sound_psnr: float
+    """dB to the run's own sound, infinite where it is equal; for an image too."""
     device: str
     recorded_device: str
     data: bytes
-    """The new file."""
+    """The new file; of a folder of frames its index."""
+    is_clip: bool
 
     @property
     def is_equal(self) -> bool:
         """Whether it is the file that the run wrote, byte for byte."""
-        return self.sha256 == self.recorded_sha256
+        return self.sha256 == self.recorded_sha256 and self.sound_psnr == math.inf
 
     @property
     def max_abs(self) -> int:
@@ -74,7 +89,7 @@ class Rerenderer:
         many CPU threads.
 
         Raises InputError where what it was made of is gone or has changed, MediaError where the
-        image to compare with is gone, RowError where it cannot be rendered any more.
+        file to compare with is gone, RowError where it cannot be rendered any more.
         """
         request = _request(row)
         renderer = self._load(row)
@@ -84,21 +99,32 @@ class Rerenderer:
         batch = renderer.render([asked] * (row["batch_size"] or 1))
         if batch.errors is not None and batch.errors[0] is not None:
             raise RowError(f"row {row['row_index']}: {batch.errors[0]}")
-        # A file says which version wrote it.
-        metadata = request_metadata(request) | {"raydiff_version": row["raydiff_version"]}
-        data = encode_image(batch.pixels[0], config=self._config.output, metadata=metadata)
-        sha256 = hashlib.sha256(data).hexdigest()
-        similarity = None if sha256 == row["sha256"] else self._compare(row, data)
+        audio = None if batch.audio is None else batch.audio[0]
+        with tempfile.TemporaryDirectory(prefix="raydiff-") as folder:
+            # A file says which version wrote it.
+            writer = Writer(folder, self._config.output, version=row["raydiff_version"])
+            made = writer.save(request, batch.pixels[0], audio)
+            after = Path(folder), {"file_name": made.file_name, "size_bytes": made.size_bytes}
+            similarity, psnr = None, math.inf
+            if made.sha256 != row["sha256"]:
+                similarity = _compare_pixels((self._out, row), after)
+            # An index of frames says nothing of the sound.
+            is_known = similarity is None and not is_frames_index(made.file_name)
+            if is_clip(made.file_name) and not is_known:
+                psnr = sound_psnr(_sound(self._out, row), _sound(*after))
+            data = (after[0] / made.file_name).read_bytes()
         return Rerendered(
             row_index=row["row_index"],
             request_id=request.request_id,
             file_name=describe_media(row) or "",
-            sha256=sha256,
+            sha256=made.sha256,
             recorded_sha256=row["sha256"],
             similarity=similarity,
+            sound_psnr=psnr,
             device=self._device,
             recorded_device=row["device"],
             data=data,
+            is_clip=request.video is not None,
         )
 
     def _load(self, row: Row) -> PipelineRenderer:
@@ -120,7 +146,9 @@ class Rerenderer:
                     f"rendered with {row['model_revision']}. Put the old files back, or say where "
                     "they are: --model FOLDER."
                 )
-            renderer = PipelineRenderer(model=config, memory=memory, preload=info)
+            renderer = PipelineRenderer(
+                model=config, memory=memory, ltx2=self._config.ltx2, preload=info
+            )
             self._device = renderer.start()
             self._renderer, self._renders = renderer, wanted
         return self._renderer
@@ -130,28 +158,47 @@ class Rerenderer:
         is_runs_own = name == self._config.model.name
         return self._moved_to if is_runs_own and self._moved_to is not None else name
 
-    def _compare(self, row: Row, data: bytes) -> Similarity:
-        with open_media(self._out, row) as file:
-            before = np.asarray(read_image(file))
-        after = np.asarray(read_image(io.BytesIO(data)))
-        if before.shape != after.shape:
-            raise OutputError(
-                f"{describe_media(row)}: it is {before.shape[1]}x{before.shape[0]}; the metadata "
-                f"says {row['width']}x{row['height']}. The file was changed."
-            )
-        comparison = FrameComparison()
-        comparison.add(before, after)
-        return comparison.result()
+
+def _compare_pixels(before: Place, after: Place) -> Similarity:
+    """Return how near the pixels of a run's file and a new one are. Raises OutputError."""
+    row = before[1]
+    comparison = FrameComparison()
+    with _frames(*before) as olds, _frames(*after) as news:
+        for old, new in zip_longest(olds, news):
+            if old is None or new is None or old.shape != new.shape:
+                raise OutputError(
+                    f"{describe_media(row)}: its size or length is not what the metadata says: "
+                    f"{row['width']}x{row['height']}. The file was changed."
+                )
+            comparison.add(old, new)
+    return comparison.result()
+
+
+@contextmanager
+def _frames(out: str | Path, row: Row) -> Iterator[Iterator[Pixels]]:
+    """Give the frames of a row's file; an image is one."""
+    if is_clip(media_name(row)):
+        with open_clip(out, row) as clip:
+            yield clip.frames()
+    else:
+        with open_media(out, row) as file:
+            yield iter([np.asarray(read_image(file))])
+
+
+def _sound(out: str | Path, row: Row) -> Audio | None:
+    with open_clip(out, row) as clip:
+        return clip.sound()
 
 
 def _request(row: Row) -> RenderRequest:
     """Return the request that a row was rendered for."""
     if row["status"] != "completed":
         raise InputError(
-            f"row {row['row_index']} is {row['status']}: {row['error']}. There is no image to make "
+            f"row {row['row_index']} is {row['status']}: {row['error']}. There is no file to make "
             "again; `raydiff retry-failed` tries such rows once more."
         )
-    request = with_request_id(RenderRequest(**{name: row[name] for name in REQUEST_COLUMNS}))
+    values = {name: row[name] for name in REQUEST_COLUMNS}
+    request = with_request_id(RenderRequest(**values, video=_video(row)))
     if request.request_id != row["request_id"]:
         raise InputError(
             f"row {row['row_index']}: its request_id is {row['request_id']}; its columns give "
@@ -160,6 +207,13 @@ def _request(row: Row) -> RenderRequest:
     if request.init_image is not None:
         _check_init_image(request, row["row_index"])
     return request
+
+
+def _video(row: Row) -> VideoSettings | None:
+    if row["num_frames"] is None:
+        return None
+    values = {name: row[name] for name in VIDEO_COLUMNS}
+    return VideoSettings(**{**values, "stg_blocks": tuple(row["stg_blocks"])})
 
 
 def _check_init_image(request: RenderRequest, row_index: int) -> None:

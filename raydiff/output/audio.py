@@ -1,5 +1,6 @@
 """The sound of a clip as samples, as long as the clip."""
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -35,3 +36,15 @@ def fit_audio(audio: Audio, num_frames: int, frame_rate: Fraction) -> Audio:
     if missing:
         samples = np.pad(samples, ((0, 0), (0, missing)))
     return Audio(samples=samples, sample_rate=audio.sample_rate)
+
+
+def sound_psnr(left: Audio | None, right: Audio | None) -> float:
+    """Return how near two sounds are, in dB to full scale: infinite where they are equal, minus
+    infinite where one has another length, rate or number of channels, or is not there."""
+    if left is None or right is None:
+        return math.inf if left is right else -math.inf
+    if left.sample_rate != right.sample_rate or left.samples.shape != right.samples.shape:
+        return -math.inf
+    difference = left.samples.astype(np.float64) - right.samples
+    mean_squared = float((difference**2).mean()) if difference.size else 0.0
+    return -10 * math.log10(mean_squared) if mean_squared else math.inf

@@ -1,7 +1,6 @@
 """A run's clips read back, frame by frame: videos through PyAV, folders of PNG files through
 Pillow."""
 
-import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from raydiff.output.audio import Audio
 from raydiff.output.clip_files import frame_rows, sound_name
 from raydiff.output.frames import (
     Pixels,
@@ -18,7 +18,7 @@ from raydiff.output.frames import (
     opened_video,
     read_frames,
     read_image,
-    sound_digest,
+    read_sound,
 )
 from raydiff.output.media_files import MediaError, is_frames_index, open_media
 from raydiff.output.storage import Storage, open_storage
@@ -41,8 +41,8 @@ class ClipReader(Protocol):
     def still(self) -> Pixels:
         """Return one frame that stands for the clip."""
 
-    def sound_digest(self) -> str | None:
-        """Return a hash of the sound, None for a silent clip."""
+    def sound(self) -> Audio | None:
+        """Return the sound, None for a silent clip."""
 
 
 @contextmanager
@@ -79,8 +79,8 @@ class _VideoFile:
                 return pixels
         raise MediaError("no frame can be decoded")
 
-    def sound_digest(self) -> str | None:
-        return sound_digest(self._file)
+    def sound(self) -> Audio | None:
+        return read_sound(self._file)
 
 
 class _FrameFolder:
@@ -99,13 +99,13 @@ class _FrameFolder:
     def still(self) -> Pixels:
         return self._read(self._rows[len(self._rows) // STILL])
 
-    def sound_digest(self) -> str | None:
+    def sound(self) -> Audio | None:
         with as_media_errors():
             try:
                 data = self._out.read(self._wav)
             except FileNotFoundError:
                 return None
-        return hashlib.sha256(read_wav(io.BytesIO(data)).samples.tobytes()).hexdigest()
+        return read_wav(io.BytesIO(data))
 
     def _read(self, row: Row) -> Pixels:
         try:

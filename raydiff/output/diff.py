@@ -3,6 +3,7 @@
 Files whose sha256 are equal are not decoded; all others are, in threads, a few at a time.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from raydiff.output.audio import Audio, sound_psnr
 from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import Pixels, read_image
 from raydiff.output.matching import BY_REQUEST, Row, match, read_side
@@ -225,10 +227,10 @@ class _Image(NamedTuple):
         with self.named(), open_clip(self.out, self.row) as clip:
             yield from clip.frames()
 
-    def sound(self) -> str | None:
-        """Return a hash of the clip's sound. Raises MediaError."""
+    def sound(self) -> Audio | None:
+        """Return the clip's sound. Raises MediaError."""
         with self.named(), open_clip(self.out, self.row) as clip:
-            return clip.sound_digest()
+            return clip.sound()
 
 
 def _judge(left: _Image, right: _Image) -> _Verdict:
@@ -277,7 +279,7 @@ def _compare_clips(left: _Image, right: _Image) -> _Verdict:
     if not num_frames:
         return _Verdict("broken_file", f"{left.side} and {right.side}: no frame can be decoded")
     similarity = frames.result()
-    if left.sound() != right.sound():
+    if sound_psnr(left.sound(), right.sound()) != math.inf:
         return _Verdict("different", "the sound differs", similarity)
     return _verdict(similarity)
 

@@ -3,7 +3,7 @@
 Whatever is wrong with a file is a MediaError that says so; a broken file is a finding, not a crash.
 """
 
-import hashlib
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from raydiff.output.audio import Audio
 from raydiff.output.media_files import MediaError
 
 Pixels = NDArray[np.uint8]
@@ -53,15 +54,19 @@ def count_frames(file: BinaryIO) -> int:
         return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
 
 
-def sound_digest(file: BinaryIO) -> str | None:
-    """Return a hash of a video's decoded sound, None if it is silent. Raises MediaError."""
+def read_sound(file: BinaryIO) -> Audio | None:
+    """Return a video's decoded sound, None if it is silent. Raises MediaError."""
     with as_media_errors(), opened_video(file) as container:
         if not container.streams.audio:
             return None
-        digest = hashlib.sha256()
-        for frame in container.decode(container.streams.audio[0]):
-            digest.update(frame.to_ndarray().tobytes())
-        return digest.hexdigest()
+        sound = container.streams.audio[0]
+        if sound.channels > 2:
+            raise MediaError(f"its sound has {sound.channels} channels; 1 or 2 can be read")
+        to_floats = av.AudioResampler("fltp", sound.layout, sound.sample_rate)
+        decoded = itertools.chain(container.decode(sound), [None])
+        parts = [one.to_ndarray() for frame in decoded for one in to_floats.resample(frame)]
+        samples = np.concatenate([np.empty((sound.channels, 0), np.float32), *parts], axis=1)
+        return Audio(samples=samples, sample_rate=sound.sample_rate)
 
 
 @contextmanager

@@ -11,17 +11,17 @@ from raydiff.errors import OutputError
 from raydiff.output.keys import Keys, request_keys
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.media_files import MEDIA_COLUMNS
-from raydiff.output.metadata_schema import REQUEST_COLUMNS, metadata_schema
+from raydiff.output.metadata_schema import REQUEST_COLUMNS, VIDEO_COLUMNS, metadata_schema
 from raydiff.output.part_files import map_parts
 from raydiff.output.run_file import check_is_run
 from raydiff.output.storage import open_storage
 
 COLUMNS = (
     *("row_index", "image_index", "request_id", "status", "error", "sha256", *MEDIA_COLUMNS),
-    *(*REQUEST_COLUMNS, "profile", "dtype", "batch_size", "device", "num_threads"),
+    *(*REQUEST_COLUMNS, *VIDEO_COLUMNS, "profile", "dtype", "batch_size", "device", "num_threads"),
     "raydiff_version",
 )
-"""What it takes to make a row's image again."""
+"""What it takes to make a row's image or clip again."""
 ORDER = ("model", "profile", "dtype", "batch_size", "request_id")
 """Rows that can be made by one loaded model come together."""
 

@@ -114,13 +114,13 @@ class ShardWriter:
     def _encoded(
         self, request: RenderRequest, pixels: NDArray[np.uint8], audio: Audio | None
     ) -> "_Encoded":
+        metadata = request_metadata(request)
         if request.video is None:
-            metadata = None if self._config.strip_metadata else request_metadata(request)
             media = encode_image(pixels, config=self._config, metadata=metadata)
             return _Encoded(self._config.image, media)
         from raydiff.output.video import encode_clip, encode_sound  # takes what only clips need
 
-        clip = clip_of(request, request.video, audio)
+        clip = clip_of(request, request.video, audio, metadata)
         return _Encoded(
             ending=self._config.video,
             media=encode_clip(clip, [pixels], self._config),

@@ -34,10 +34,14 @@ class Writer:
     """Encodes and writes images and clips; any number of threads and processes may write at once,
     the same image too."""
 
-    def __init__(self, out: str | Path | Storage, config: OutputConfig) -> None:
+    def __init__(
+        self, out: str | Path | Storage, config: OutputConfig, *, version: str = __version__
+    ) -> None:
+        """`version` of raydiff is what the files say they are of."""
         self._out = out
         self._store = MediaStore(out, IMAGES_DIR)
         self._config = config
+        self._version = version
 
     def write(
         self,
@@ -64,11 +68,11 @@ class Writer:
         A clip is encoded from where its frames lie. Raises DiskError, and RowError for a clip that
         the file's format cannot hold.
         """
+        metadata = request_metadata(request, self._version)
         if request.video is not None:
-            return self._videos.save(clip_of(request, request.video, audio), [pixels])
+            return self._videos.save(clip_of(request, request.video, audio, metadata), [pixels])
         started = time.perf_counter()
         file_name = image_name(request.request_id, self._config)
-        metadata = None if self._config.strip_metadata else request_metadata(request)
         data = encode_image(pixels, config=self._config, metadata=metadata)
         self._store.put(file_name, request.request_id, data)
         return WrittenFile(
@@ -85,8 +89,13 @@ class Writer:
         return VideoWriter(self._out, self._config)
 
 
-def clip_of(request: RenderRequest, video: VideoSettings, audio: Audio | None) -> Clip:
-    """Return the clip that a request asks for, with its sound."""
+def clip_of(
+    request: RenderRequest,
+    video: VideoSettings,
+    audio: Audio | None,
+    metadata: dict[str, Any],
+) -> Clip:
+    """Return the clip that a request asks for, with its sound and what its file is to say."""
     return Clip(
         request_id=request.request_id,
         height=request.height,
@@ -94,7 +103,7 @@ def clip_of(request: RenderRequest, video: VideoSettings, audio: Audio | None) -
         num_frames=video.num_frames,
         frame_rate=exact_rate(video.frame_rate),
         audio=audio,
-        metadata=request_metadata(request),
+        metadata=metadata,
     )
 
 
@@ -103,7 +112,7 @@ def image_name(request_id: str, config: OutputConfig) -> str:
     return f"{media_path(IMAGES_DIR, request_id)}.{config.image}"
 
 
-def request_metadata(request: RenderRequest) -> dict[str, Any]:
+def request_metadata(request: RenderRequest, version: str = __version__) -> dict[str, Any]:
     """Return what a file says of its request: all but the paths of this machine."""
     values = dict(zip(EMBEDDED_FIELDS, _embedded_values(request), strict=True))
     if request.video is not None:
@@ -111,4 +120,4 @@ def request_metadata(request: RenderRequest) -> dict[str, Any]:
     if request.model_revision.startswith("local-"):
         values["model"] = PurePath(request.model).name
     known = {name: value for name, value in values.items() if value is not None}
-    return {**known, "raydiff_version": __version__}
+    return {**known, "raydiff_version": version}

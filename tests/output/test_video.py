@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image
 
 from raydiff.config import OutputConfig, load_config
 from raydiff.errors import ConfigError, DiskError, OutOfMemoryError, RowError
-from raydiff.output.audio import Audio, fit_audio
+from raydiff.output.audio import Audio, fit_audio, sound_psnr
 from raydiff.output.clip import Clip, exact_rate
 from raydiff.output.clip_files import read_frames_index
 from raydiff.output.clip_reader import open_clip
@@ -280,7 +281,13 @@ def test_a_clip_is_read_back_whatever_its_format(video, tmp_path):
         assert np.array_equal(read.spread(3), frames[[0, 4, 8]])
         for still in (read.still(), *read.spread(1)):
             assert min(np.abs(still - frame.astype(int)).mean() for frame in wanted) < 5
-        assert (read.sound_digest() is None) == (video == "gif")
+        sound = read.sound()
+        assert (sound is None) == (video == "gif")
+        if sound is not None:
+            length_s = sound.samples.shape[1] / sound.sample_rate
+            assert length_s == pytest.approx(9 / 8, abs=0.05)
+        if video == "frames":
+            assert 80 < sound_psnr(sound, clip.audio) < math.inf
 
 
 NOT_FINITE = Audio(samples=np.full((2, 9), np.nan, np.float32), sample_rate=24_000)
@@ -535,6 +542,15 @@ def test_audio_of_another_kind_is_refused():
     for samples in (np.zeros((2, 9)), np.zeros(9, np.float32), np.zeros((3, 9), np.float32)):
         with pytest.raises(ValueError, match="expected float32"):
             Audio(samples=samples, sample_rate=24_000)
+
+
+def test_sounds_are_compared_in_decibels():
+    audio = make_audio(0.1, 24_000)
+    quiet = Audio(samples=audio.samples + np.float32(0.01), sample_rate=24_000)
+    assert sound_psnr(audio, audio) == sound_psnr(None, None) == math.inf
+    assert sound_psnr(audio, quiet) == pytest.approx(40, abs=0.01)
+    for other in (None, make_audio(0.2, 24_000), make_audio(0.05, 48_000)):
+        assert sound_psnr(audio, other) == -math.inf
 
 
 def test_fitting_counts_samples_exactly():
