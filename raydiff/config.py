@@ -126,6 +126,9 @@ def _check_encoder_url(url: SplitResult, shown: str) -> None:
         raise ValueError(f"encoder_url {shown}: it has a query or a fragment. Leave it out")
 
 
+Block = Annotated[int, Field(ge=0)]
+
+
 class DefaultsConfig(Section):
     """Values for rows that leave a column out; None takes the model's default."""
 
@@ -142,7 +145,7 @@ class DefaultsConfig(Section):
     num_frames: int | None = Field(None, ge=1, le=100_000)
     frame_rate: float | None = Field(None, gt=0.0, le=1000.0)
     stg_scale: float | None = Field(None, ge=0.0, le=100.0)
-    stg_blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    stg_blocks: Block | tuple[Block, ...] | None = None
     modality_scale: float | None = Field(None, ge=0.0, le=100.0)
     audio_guidance_scale: float | None = Field(None, ge=0.0, le=100.0)
     audio_stg_scale: float | None = Field(None, ge=0.0, le=100.0)
@@ -400,7 +403,8 @@ def _explain(error: ValidationError, schema: type[Section]) -> str:
         else:
             key, rule = ".".join(sections), f"{problem['input']!r}: {problem['msg']}"
         alternatives = rules.setdefault(key, [])
-        alternatives.append(problem["msg"] if alternatives else rule)
+        if not any(problem["msg"] in said for said in alternatives):
+            alternatives.append(problem["msg"] if alternatives else rule)
     lines = [(f"{key}: " if key else "") + " or ".join(said) for key, said in rules.items()]
     return "\n".join(lines)
 

@@ -100,6 +100,13 @@ def test_errors_say_key_value_and_rule_in_one_line(key: str, value: object, mess
     assert "constrained" not in str(caught.value)
 
 
+def test_a_rule_is_said_once_however_many_alternatives_have_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides={"sweep.grid": {"stg_blocks": [["middle"]]}})
+    assert str(caught.value).count("Input should be a valid integer,") == 1
+    assert str(caught.value).count("Input should be a valid boolean") == 1
+
+
 def test_every_wrong_key_is_said_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "limit: 0\nmodel: {nam: x}\nengine: {workers: none}\n")

@@ -1,7 +1,7 @@
 """Clips through read_rows: the official defaults, what a row may ask for, what its error says."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raydiff.config import load_config
+from raydiff.config import DefaultsConfig, load_config
 from raydiff.errors import ConfigError, ModelError
 from raydiff.manifest.reader import open_manifest
 from raydiff.manifest.rows import read_rows
+from raydiff.manifest.schema import COLUMNS
 from raydiff.request import ManifestRow, ModelInfo, RenderRequest, num_evaluations, row_guidance
 from raydiff.video_settings import VideoSettings
 from tests.manifest.clip_model import LTX2, without_upsampler
@@ -144,6 +145,16 @@ def test_the_row_goes_before_the_run_and_the_run_before_the_checkpoint(rows: Row
     assert (b.num_frames, b.frame_rate, b.stg_blocks) == (49, 25.0, (12,))
     assert (a.audio_guidance_scale, b.audio_guidance_scale) == (2.0, 5.0)
     assert [request_of(row).guidance_rescale for row in found] == [0.0, 0.7]
+
+
+def test_what_a_row_may_say_a_run_may_say_for_all() -> None:
+    of_clips = {field.name for field in fields(VideoSettings)} - {"video_mode", "text_encoder"}
+    assert of_clips == set(CLIP_COLUMNS) <= set(DefaultsConfig.model_fields) <= set(COLUMNS)
+
+
+def test_one_block_needs_no_list(rows: Rows) -> None:
+    (row,) = rows({"prompt": ["a"]}, defaults__stg_blocks=7)
+    assert video_of(row).stg_blocks == (7,)
 
 
 def test_every_column_of_a_clip_reaches_its_settings(rows: Rows) -> None:
