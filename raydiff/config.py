@@ -41,8 +41,8 @@ class ModelConfig(Section):
     vae_dtype: DTypeName = "auto"
     """auto is `dtype`, except float32 where `dtype` is float16 (SDXL's decoder overflows in it)."""
     compile: bool = False
-    """torch.compile the UNet and the VAE decoder, or the transformer's blocks: slow to start, faster
-    for long runs on CUDA."""
+    """torch.compile the UNet and the VAE decoder, or the transformer's blocks: slow to start,
+    faster for long runs on CUDA."""
 
 
 class LTX2Config(Section):
