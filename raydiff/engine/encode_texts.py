@@ -56,7 +56,7 @@ def encode_texts(
     """
     started = time.time()
     config = config.model_copy(update={"ltx2": LTX2Config(mode=config.ltx2.mode)})
-    models = known_models(config.model)
+    models = known_models(config.model, config.ltx2, ["encode"])
     wanted = _Wanted.of(config, models)
     folder = _Folder(out)
     num_encoded = num_kept = 0

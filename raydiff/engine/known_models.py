@@ -1,10 +1,11 @@
 """The models that the rows of a run name, each found once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
-from raydiff.config import ModelConfig
+from raydiff.config import LTX2Config, ModelConfig
 from raydiff.request import ModelInfo
+from raydiff.weights.components import STAGES, Needed, Stage, needed_by
 from raydiff.weights.resolve import resolve_model
 
 
@@ -31,11 +32,20 @@ class KnownModels:
         return self._found[name]
 
 
-def known_models(config: ModelConfig) -> KnownModels:
-    """Return the models of a run; `model.revision` is that of `model.name` alone."""
-    return KnownModels(partial(_resolve, config))
+def known_models(
+    config: ModelConfig,
+    ltx2: LTX2Config | None = None,
+    stages: Collection[Stage] = STAGES,
+) -> KnownModels:
+    """Return the models of a run; `model.revision` is that of `model.name` alone.
+
+    Of a model on the Hub only what these stages need is fetched.
+    """
+    return KnownModels(partial(_resolve, config, needed_by(stages, ltx2 or LTX2Config())))
 
 
-def _resolve(config: ModelConfig, name: str) -> ModelInfo:
+def _resolve(config: ModelConfig, needed: Needed, name: str) -> ModelInfo:
     revision = config.revision if name == config.name else None
-    return resolve_model(name, revision=revision, variant=config.variant, dtype=config.dtype)
+    return resolve_model(
+        name, revision=revision, variant=config.variant, dtype=config.dtype, needed=needed
+    )

@@ -75,7 +75,7 @@ def plan(config: RunConfig, *, models: KnownModels | None = None) -> PlanReport:
     Memory is about 40 bytes for each image.
     """
     manifest = open_rows(config)
-    models = models or known_models(config.model)
+    models = models or known_models(config.model, config.ltx2)
     checks = RowChecks(manifest, config=config, models=models, max_errors=MAX_BAD_ROWS)
     done = _done_rows(manifest, config, models)
     num_images = num_done = num_bad = 0

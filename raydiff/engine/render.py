@@ -89,7 +89,7 @@ def render(
     """
     config = _laid_over(config or RunConfig(), manifest, out, model)
     opened = open_rows(config)
-    models = known_models(config.model)
+    models = known_models(config.model, config.ltx2)
     # Where rows name no model it is this one: a worker can load it before its first batch.
     preload = None if "model" in opened.schema.names else models(config.model.name)
     return run_manifest(

@@ -13,11 +13,13 @@ from raydiff.engine.messages import Role, TextKey
 from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload, RenderedBatch
 from raydiff.errors import EngineError, ModelError, OutOfMemoryError
 from raydiff.memory.profiles import poorer_profile
-from raydiff.pipelines.base import STAGES, Pipeline, Rendered, Stage
+from raydiff.pipelines.base import Pipeline, Rendered
 from raydiff.pipelines.embeds_store import EmbedsStore
 from raydiff.pipelines.load import load_pipeline
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import ModelInfo, RenderRequest, batch_key
+from raydiff.weights.checkpoint import open_checkpoint
+from raydiff.weights.components import STAGES, Stage, needed_by
 from raydiff.weights.resolve import resolve_model
 
 STAGES_OF_ROLE: dict[Role, tuple[Stage, ...]] = {
@@ -52,6 +54,7 @@ class PipelineRenderer:
         self._memory = self._asked_memory = memory
         self._preload = preload
         self._stages = STAGES_OF_ROLE[role]
+        self._needed = needed_by(self._stages, self._ltx2)
         self._store: EmbedsStore | None = None
         if embeds_in is not None and role == "encode":
             self._store = EmbedsStore(embeds_in)
@@ -184,17 +187,33 @@ class PipelineRenderer:
 
     def _find_here(self, info: ModelInfo) -> ModelInfo:
         """Find on this node, if it is another one, the checkpoint that the driver found."""
-        if not Path(info.path).exists():
-            return self._resolve(info.name, info.revision)
-        if info.revision.startswith("local-"):
+        if info.revision.startswith("local-") and Path(info.path).exists():
             self._resolve(info.path, info.revision)
-        return info
+            return info
+        if self._is_whole_here(info):
+            return info
+        return self._resolve(info.name, info.revision)
+
+    def _is_whole_here(self, info: ModelInfo) -> bool:
+        """Whether this node's copy of a snapshot has what this worker's stages need of it."""
+        model = self._model
+        try:
+            open_checkpoint(
+                Path(info.path), variant=model.variant, dtype=model.dtype, needed=self._needed
+            )
+        except ModelError:
+            return False
+        return True
 
     def _resolve(self, name: str, revision: str) -> ModelInfo:
         """Find on this node the very checkpoint that the driver resolved."""
         pinned = None if revision.startswith("local-") else revision
         info = resolve_model(
-            name, revision=pinned, variant=self._model.variant, dtype=self._model.dtype
+            name,
+            revision=pinned,
+            variant=self._model.variant,
+            dtype=self._model.dtype,
+            needed=self._needed,
         )
         if info.revision != revision:
             raise ModelError(

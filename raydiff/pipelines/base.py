@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from raydiff.memory.profiles import Profile
 from raydiff.output.audio import Audio
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import BatchKey, ModelInfo, RenderRequest
-
-Stage = Literal["encode", "denoise", "decode"]
-STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
+from raydiff.weights.components import STAGES, Stage
 
 
 class PromptEmbeds(NamedTuple):

@@ -17,13 +17,14 @@ from socket import AF_INET6, gaierror, getaddrinfo
 from threading import BoundedSemaphore
 from typing import Any, NamedTuple
 
-from raydiff.config import MemoryConfig, ModelConfig
+from raydiff.config import LTX2Config, MemoryConfig, ModelConfig
 from raydiff.errors import ConfigError, ModelError, RaydiffError, RowError
 from raydiff.manifest.schema import MAX_TEXT_CHARACTERS, quoted
 from raydiff.pipelines.base import Pipeline
 from raydiff.pipelines.encoder_reply import MAX_BODY_BYTES, MAX_TEXTS, EncodeReply, ServiceInfo
 from raydiff.pipelines.load import load_pipeline
 from raydiff.pipelines.prompt_cache import EncodedPrompt
+from raydiff.weights.components import needed_by
 from raydiff.weights.resolve import resolve_model
 
 MAX_WAITING = 64
@@ -45,7 +46,11 @@ def serve_encoder(
     come meanwhile wait. Raises ModelError for a checkpoint that is not LTX-2's.
     """
     info = resolve_model(
-        model.name, revision=model.revision, variant=model.variant, dtype=model.dtype
+        model.name,
+        revision=model.revision,
+        variant=model.variant,
+        dtype=model.dtype,
+        needed=needed_by(["encode"], LTX2Config()),
     )
     if info.video is None:
         raise ModelError(

@@ -11,12 +11,13 @@ from raydiff.config import DTypeName, LTX2Config, MemoryConfig, ModelConfig, Pro
 from raydiff.errors import ConfigError
 from raydiff.memory.gpus import GpuInfo, visible_gpus
 from raydiff.memory.profiles import DTYPE_BYTES, compute_dtype, resolve_profile
-from raydiff.pipelines.base import STAGES, Pipeline, Stage
-from raydiff.pipelines.loading import DTYPES, Loading, needed_components
+from raydiff.pipelines.base import Pipeline
+from raydiff.pipelines.loading import DTYPES, Loading
 from raydiff.pipelines.ltx2_load import load_ltx2
 from raydiff.pipelines.stable_diffusion_load import load_stable_diffusion
 from raydiff.request import ModelInfo
 from raydiff.weights.checkpoint import open_checkpoint
+from raydiff.weights.components import STAGES, Stage, needed_by
 from raydiff.weights.resolve import resolve_model
 
 
@@ -43,18 +44,23 @@ def load_pipeline(
     """
     config = _with(config or ModelConfig(), dtype=dtype)
     memory = _with(memory or MemoryConfig(), profile=profile)
+    ltx2 = ltx2 or LTX2Config()
+    needed = needed_by(stages, ltx2)
     if isinstance(model, str):
         model = resolve_model(
-            model, revision=config.revision, variant=config.variant, dtype=config.dtype
+            model,
+            revision=config.revision,
+            variant=config.variant,
+            dtype=config.dtype,
+            needed=needed,
         )
     gpu = _gpu(device)
     if gpu is None and set(stages) != set(STAGES):
         memory = MemoryConfig(profile="cpu_only")
-    ltx2 = ltx2 or LTX2Config()
     compute = compute_dtype(config.dtype, memory, gpu)
     component_bytes = {
         name: model.num_parameters[name] * DTYPE_BYTES[compute]
-        for name in needed_components(model.num_parameters, stages, ltx2)
+        for name in needed(model.num_parameters)
     }
     policy = resolve_profile(memory, model.family, component_bytes, gpu)
     if compute == "float32":
@@ -62,7 +68,9 @@ def load_pipeline(
         torch.backends.cudnn.allow_tf32 = False
     loading = Loading(
         info=model,
-        checkpoint=open_checkpoint(Path(model.path), variant=config.variant, dtype=config.dtype),
+        checkpoint=open_checkpoint(
+            Path(model.path), variant=config.variant, dtype=config.dtype, needed=needed
+        ),
         profile=policy,
         config=config,
         ltx2=ltx2,

@@ -1,6 +1,6 @@
-"""What the families' loaders share: which components some stages need, and how one is loaded."""
+"""What the families' loaders share: how the components that some stages need are loaded."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,28 +12,12 @@ from raydiff.config import DTypeName, LTX2Config, ModelConfig
 from raydiff.errors import ModelError
 from raydiff.memory.profiles import Profile
 from raydiff.memory.residency import compute_device, resting_device
-from raydiff.pipelines.base import Stage
 from raydiff.request import ModelInfo
 from raydiff.weights.checkpoint import Checkpoint
+from raydiff.weights.components import Stage, needed_components
 from raydiff.weights.load import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-STAGES_OF: dict[str, frozenset[Stage]] = {
-    "text_encoder": frozenset({"encode"}),
-    "text_encoder_2": frozenset({"encode"}),
-    # Their projections belong to a text's encoding, the rest of them to the transformer.
-    "connectors": frozenset({"encode", "denoise"}),
-    "unet": frozenset({"denoise"}),
-    "transformer": frozenset({"denoise"}),
-    "refine_transformer": frozenset({"denoise"}),
-    "latent_upsampler": frozenset({"denoise"}),
-    # Init images and first frames are encoded where they are denoised.
-    "vae": frozenset({"denoise", "decode"}),
-    "audio_vae": frozenset({"decode"}),
-    "vocoder": frozenset({"decode"}),
-}
-"""The stages that use a component."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,16 +66,6 @@ class Loading:
             device=resting_device(component, self.profile),
             dtype=self.dtype if dtype is None else dtype,
         )
-
-
-def needed_components(
-    components: Collection[str], stages: Collection[Stage], ltx2: LTX2Config
-) -> frozenset[str]:
-    """Return those of a checkpoint's components that the stages use."""
-    using = set(stages)
-    if "transformer" in components and ltx2.text_encoder != "gemma3":
-        using.discard("encode")  # Features that come from elsewhere take no weights.
-    return frozenset(name for name in components if not STAGES_OF[name].isdisjoint(using))
 
 
 def is_on_gpu(component: str, profile: Profile) -> bool:

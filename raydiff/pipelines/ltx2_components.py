@@ -16,8 +16,8 @@ from raydiff.models.ltx2.transformer import LTX2Transformer
 from raydiff.models.ltx2.upsampler import LTX2Upsampler
 from raydiff.models.ltx2.video_vae import LTX2VideoVAE
 from raydiff.models.ltx2.vocoder import Vocoder, VocoderWithBWE
-from raydiff.pipelines.base import Stage
 from raydiff.pipelines.prompt_cache import EncodedPrompt
+from raydiff.weights.components import Stage
 
 M = TypeVar("M")
 

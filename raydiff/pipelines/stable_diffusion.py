@@ -24,13 +24,14 @@ from raydiff.models.autoencoder_kl import AutoencoderKL, Moments, sample
 from raydiff.models.clip import CLIPTextEncoder
 from raydiff.models.tiling import tiled_encode
 from raydiff.models.unet import UNet
-from raydiff.pipelines.base import Decoded, Denoised, Pipeline, PromptEmbeds, Stage
+from raydiff.pipelines.base import Decoded, Denoised, Pipeline, PromptEmbeds
 from raydiff.pipelines.guided_unet import GuidedUNet
 from raydiff.pipelines.init_image import load_init_image
 from raydiff.pipelines.prompt_cache import EncodedPrompt, PromptCache
 from raydiff.pipelines.vae_decoder import VAE_TILE, VAE_TILE_OVERLAP, VAEDecoder
 from raydiff.request import BatchKey, ModelInfo, RenderRequest
 from raydiff.tokenizer import CLIPTokenizer
+from raydiff.weights.components import Stage
 
 ENCODE_CHUNK = 8
 """Texts that a GPU encodes at once, always as many: its kernels, and so the last bits, go by it."""

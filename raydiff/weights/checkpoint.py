@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiff.errors import ModelError
+from raydiff.weights.components import Needed
 from raydiff.weights.folder import FolderFiles, Variant, choose_files, list_names, read_json
 from raydiff.weights.fp8 import refuse_other_quantisation, with_standard_scales
 from raydiff.weights.headers import read_header, refuse_pickle
@@ -105,21 +106,28 @@ def _tokenizer_name(text_encoder: str) -> str:
 
 
 def open_checkpoint(
-    path: str | Path, *, variant: Variant = "auto", dtype: str = "auto"
+    path: str | Path,
+    *,
+    variant: Variant = "auto",
+    dtype: str = "auto",
+    needed: Needed | None = None,
 ) -> Checkpoint:
     """Open a diffusers folder or an original single file; reads configs and headers only.
 
-    `variant` and `dtype` choose among fp16 and plain weight files as in `choose_files`.
+    `variant` and `dtype` choose among fp16 and plain weight files as in `choose_files`. The weights
+    of a folder's components that are not `needed` may be missing: they have no tensors then.
     Raises ModelError naming the file and what is wrong with it.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path, list_files(path, variant=variant, dtype=dtype))
+        return _open_folder(path, list_files(path, variant=variant, dtype=dtype, needed=needed))
     refuse_pickle(path)
     return _open_single_file(path)
 
 
-def list_files(folder: Path, *, variant: Variant, dtype: str) -> FolderFiles:
+def list_files(
+    folder: Path, *, variant: Variant, dtype: str, needed: Needed | None = None
+) -> FolderFiles:
     """Return the files of a local diffusers folder that are used."""
     return choose_files(
         str(folder),
@@ -127,6 +135,7 @@ def list_files(folder: Path, *, variant: Variant, dtype: str) -> FolderFiles:
         lambda name: read_json(folder / name),
         variant=variant,
         dtype=dtype,
+        needed=needed,
     )
 
 

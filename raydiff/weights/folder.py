@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raydiff.errors import ModelError
+from raydiff.weights.components import Needed
 from raydiff.weights.headers import PICKLE_SUFFIXES
 
 Variant = Literal["auto", "fp16", "none"]
@@ -56,12 +57,19 @@ class FolderFiles:
 
 
 def choose_files(
-    folder: str, names: Collection[str], read_json: ReadJson, *, variant: Variant, dtype: str
+    folder: str,
+    names: Collection[str],
+    read_json: ReadJson,
+    *,
+    variant: Variant,
+    dtype: str,
+    needed: Needed | None = None,
 ) -> FolderFiles:
     """Choose among the files `names` of a folder or Hub repository called `folder`.
 
     variant auto prefers fp16 files unless dtype is float32, and takes what is there otherwise;
-    fp16 asks for at least one component in fp16; none takes no fp16 file.
+    fp16 asks for at least one component in fp16; none takes no fp16 file. Of components that are
+    not `needed` no weights are chosen, nor looked for.
     Raises ModelError for a component without config or safetensors weights.
     """
     if "model_index.json" not in names:
@@ -74,21 +82,26 @@ def choose_files(
     for name in UNLISTED_COMPONENTS:
         if f"{name}/config.json" in names:
             libraries[name] = "diffusers"
-    small, weights = {"model_index.json"}, {}
-    for component, library in libraries.items():
-        if library is not None:
+    present = {name: library for name, library in libraries.items() if library is not None}
+    chosen = set(present if needed is None else needed(present))
+    small = {"model_index.json"}
+    weights: dict[str, tuple[str, ...]] = {}
+    for component, library in present.items():
+        small.add(_config_file(folder, component, names))
+        weights[component] = ()
+        if component in chosen:
             stem = WEIGHT_STEMS.get(library, WEIGHT_STEMS["diffusers"])
             weights[component], index = component_weights(
                 folder, component, stem, names, read_json, _suffixes(variant, dtype)
             )
-            small |= {f"{component}/config.json", *index}
+            small |= set(index)
     small |= _small_folder(folder, "scheduler", names)
     for component in weights:
         if component.startswith("text_encoder"):
             small |= _small_folder(folder, component.replace("text_encoder", "tokenizer"), names)
-    if variant == "fp16" and not any(
-        ".fp16" in name for files in weights.values() for name in files
-    ):
+    # A component that is not needed may be the one in fp16.
+    candidates = names if needed else [name for files in weights.values() for name in files]
+    if variant == "fp16" and not any(".fp16" in name for name in candidates):
         raise ModelError(
             f"{folder}: has no fp16 weight files; leave model.variant at auto to use those it has"
         )
@@ -126,6 +139,16 @@ def _suffixes(variant: Variant, dtype: str) -> tuple[str, ...]:
     return ("", ".fp16") if variant == "auto" and dtype == "float32" else (".fp16", "")
 
 
+def _config_file(folder: str, component: str, names: Collection[str]) -> str:
+    name = f"{component}/config.json"
+    if name not in names:
+        raise ModelError(
+            f"{folder}: model_index.json lists {component}, but {name} is missing; "
+            "copy or download the folder again"
+        )
+    return name
+
+
 def component_weights(
     folder: str,
     component: str,
@@ -135,11 +158,6 @@ def component_weights(
     suffixes: tuple[str, ...] = ("",),
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the component's weight files, and the index that lists them if they are shards."""
-    if f"{component}/config.json" not in names:
-        raise ModelError(
-            f"{folder}: model_index.json lists {component}, but {component}/config.json is "
-            "missing; copy or download the folder again"
-        )
     for suffix in suffixes:
         single = f"{component}/{stem}{suffix}.safetensors"
         if single in names:

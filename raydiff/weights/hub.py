@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 
 from raydiff.errors import ModelError
 from raydiff.weights.aliases import read_alias
+from raydiff.weights.components import Needed
 from raydiff.weights.folder import FolderFiles, Variant, choose_files, list_names, read_json
 
 CONNECTION_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
@@ -27,9 +28,11 @@ CONNECTION_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 def download_model(
-    repo: str, *, revision: str | None, variant: Variant, dtype: str
+    repo: str, *, revision: str | None, variant: Variant, dtype: str, needed: Needed | None = None
 ) -> tuple[Path, str]:
     """Return the snapshot folder of a repository with all files that are used, and its commit.
+
+    Of components that are not `needed` it gets the configs alone.
 
     With HF_HUB_OFFLINE=1, or without a connection, the choice is among the files in the cache.
     Raises ModelError when they are neither in the cache nor to be had, and says the way out.
@@ -41,7 +44,7 @@ def download_model(
         folder = _snapshot(repo, revision, ["model_index.json", *indexes])
         commit = folder.name
         names = _repo_names(repo, commit)
-        files = _choose(repo, folder, names, variant=variant, dtype=dtype)
+        files = _choose(repo, folder, names, variant=variant, dtype=dtype, needed=needed)
         if names is not None:
             _snapshot(repo, commit, files.names)
     return folder, commit
@@ -85,15 +88,22 @@ def _repo_names(repo: str, commit: str) -> list[str] | None:
 
 
 def _choose(
-    repo: str, folder: Path, names: Collection[str] | None, *, variant: Variant, dtype: str
+    repo: str,
+    folder: Path,
+    names: Collection[str] | None,
+    *,
+    variant: Variant,
+    dtype: str,
+    needed: Needed | None,
 ) -> FolderFiles:
     def read(name: str) -> dict[str, object]:
         return read_json(folder / name)
 
     if names is not None:
-        return choose_files(repo, names, read, variant=variant, dtype=dtype)
+        return choose_files(repo, names, read, variant=variant, dtype=dtype, needed=needed)
+    there = list_names(folder)
     try:
-        return choose_files(repo, list_names(folder), read, variant=variant, dtype=dtype)
+        return choose_files(repo, there, read, variant=variant, dtype=dtype, needed=needed)
     except ModelError as error:
         raise ModelError(
             f"{error}\nThis was looked for in the Hub's cache, {folder}, as the Hub is not to be "

@@ -11,6 +11,7 @@ from raydiff.errors import ModelError, nearest
 from raydiff.request import ModelInfo, VideoModel
 from raydiff.weights.aliases import alias_names, read_alias
 from raydiff.weights.checkpoint import Checkpoint, list_files, open_checkpoint
+from raydiff.weights.components import Needed
 from raydiff.weights.fingerprint import local_revision
 from raydiff.weights.folder import Variant
 from raydiff.weights.headers import PICKLE_SUFFIXES, refuse_pickle
@@ -71,11 +72,14 @@ def resolve_model(
     revision: str | None = None,
     variant: Variant = "auto",
     dtype: str = "auto",
+    needed: Needed | None = None,
 ) -> ModelInfo:
     """Return what validation and planning need to know; downloads what is not on this machine.
 
     name: folder in diffusers layout, original .safetensors file, alias (`sdxl`) or Hub id.
     revision: Hub branch, tag or commit. variant, dtype: which weight files, see `choose_files`.
+    needed: of which components weights are fetched from the Hub, None for all; those of others
+    count no parameters. What is local has all of them, and its revision is that of all.
     Raises ModelError for a model that cannot be found, fetched or used, with the way out.
     """
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
@@ -91,8 +95,11 @@ def resolve_model(
     repo, pinned = _hub_repo(name, path)
     from raydiff.weights.hub import download_model  # takes 0.3 s, and local names do without
 
-    folder, commit = download_model(repo, revision=revision or pinned, variant=variant, dtype=dtype)
-    return _info(name, open_checkpoint(folder, variant=variant, dtype=dtype), commit)
+    folder, commit = download_model(
+        repo, revision=revision or pinned, variant=variant, dtype=dtype, needed=needed
+    )
+    checkpoint = open_checkpoint(folder, variant=variant, dtype=dtype, needed=needed)
+    return _info(name, checkpoint, commit)
 
 
 def _look(path: Path) -> Literal["checkpoint", "folder", "nothing"]:

@@ -2,7 +2,9 @@
 
 import pickle
 import random
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,29 @@ def test_a_checkpoint_that_changed_is_refused(renderer: PipelineRenderer, tiny_s
     for _ in range(2):
         with pytest.raises(ModelError, match="files changed during the run"):
             renderer.render([changed])
+
+
+def test_a_snapshot_with_other_stages_weights_is_completed_first(
+    tiny_sd21: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "snapshot"
+    shutil.copytree(tiny_sd21, snapshot, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
+    info = replace(
+        resolve_model(str(tiny_sd21)), name="org/model", path=str(snapshot), revision="0" * 40
+    )
+
+    def start(role: Role) -> PipelineRenderer:
+        memory = MemoryConfig(profile="cpu_only")
+        made = PipelineRenderer(
+            model=ModelConfig(name=info.name), memory=memory, preload=info, role=role
+        )
+        made.start()
+        return made
+
+    encoded = start("encode").encode([TextKey(info.name, info.revision, "a lighthouse")])
+    assert len(encoded.embeds) == 1
+    with pytest.raises(ModelError, match="org/model: not in the Hub's cache"):
+        start("denoise")
 
 
 # -- stages ----------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from raydiff.config import LTX2Config
 from raydiff.errors import ModelError
+from raydiff.weights.components import Needed, needed_by
 from raydiff.weights.folder import choose_files
 
 TOKENIZER = ["merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"]
@@ -99,9 +101,10 @@ def chosen(
     variant: Any = "auto",
     dtype: str = "auto",
     files: dict[str, Any] | None = None,
+    needed: Needed | None = None,
 ) -> dict[str, tuple[str, ...]]:
     read = ({"model_index.json": index} | (files or {})).__getitem__
-    result = choose_files("org/name", names, read, variant=variant, dtype=dtype)
+    result = choose_files("org/name", names, read, variant=variant, dtype=dtype, needed=needed)
     assert set(result.names) <= set(names)
     return result.weights | {"small": result.small}
 
@@ -120,6 +123,22 @@ def test_sd21_in_fp16_is_just_these_files() -> None:
             "vae/config.json",
         ),
     }
+
+
+@pytest.mark.parametrize("variant", ["auto", "fp16"])
+def test_weights_that_no_stage_needs_may_be_missing(variant: str) -> None:
+    encode = needed_by(["encode"], LTX2Config())
+    names = [name for name in SD21 if not name.startswith(("unet/diff", "vae/diff"))]
+    files = chosen(names, SD21_INDEX, variant=variant, needed=encode)
+    assert files["text_encoder"] == ("text_encoder/model.fp16.safetensors",)
+    assert files["unet"] == files["vae"] == ()
+    assert {"unet/config.json", "vae/config.json"} <= set(files["small"])
+    names.remove("vae/config.json")
+    with pytest.raises(ModelError, match=r"vae/config\.json is missing"):
+        chosen(names, SD21_INDEX, needed=encode)
+    decode = needed_by(["decode"], LTX2Config())
+    with pytest.raises(ModelError, match="vae has only pickle weights"):
+        chosen([*names, "vae/config.json"], SD21_INDEX, needed=decode)
 
 
 @pytest.mark.parametrize("choice", [{"dtype": "float32"}, {"variant": "none"}])

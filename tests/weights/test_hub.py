@@ -17,10 +17,13 @@ from tests.weights.test_original_files import SMALL_SD21
 RESOLVE = """
 import json, sys
 from dataclasses import asdict
+from raydiff.config import LTX2Config
 from raydiff.errors import ModelError
+from raydiff.weights.components import STAGES, needed_by
 from raydiff.weights.resolve import resolve_model
 
 for arguments in json.loads(sys.argv[1]):
+    arguments["needed"] = needed_by(arguments.pop("stages", STAGES), LTX2Config())
     try:
         answer = asdict(resolve_model(**arguments))
     except ModelError as error:
@@ -99,6 +102,31 @@ def test_just_the_needed_files_are_fetched_once(tmp_path: Path, repository: Path
     assert first == again
     assert (first["family"], first["revision"], first["name"]) == ("sdxl", COMMIT, "org/xl")
     assert Path(first["path"]).name == COMMIT
+
+
+def test_a_stages_own_weights_are_fetched_and_no_others(tmp_path: Path, repository: Path) -> None:
+    encode = {"name": "org/xl", "stages": ["encode"]}
+    with running_hub({"org/xl": repository}) as hub:
+        (texts,) = resolve(tmp_path, encode, HF_ENDPOINT=hub.url)
+        weights = [name for name in hub.fetched if name.endswith(".safetensors")]
+        assert sorted(weights) == [
+            "text_encoder/model.fp16.safetensors",
+            "text_encoder_2/model.fp16.safetensors",
+        ]
+        assert "unet/config.json" in hub.fetched
+        hub.fetched.clear()
+        (cached,) = resolve(tmp_path, encode, HF_HUB_OFFLINE="1")
+        assert cached == texts
+        (unfit,) = resolve(tmp_path, {"name": "org/xl"}, HF_HUB_OFFLINE="1")
+        assert "unet/diffusion_pytorch_model.safetensors is missing" in unfit["error"]
+        (whole,) = resolve(tmp_path, {"name": "org/xl", "variant": "fp16"}, HF_ENDPOINT=hub.url)
+        assert sorted(hub.fetched) == [
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "vae/diffusion_pytorch_model.fp16.safetensors",
+        ]
+    counts = {"unet": 0, "vae": 0}
+    assert texts == whole | {"num_parameters": whole["num_parameters"] | counts}
+    assert texts["num_parameters"]["text_encoder"] > 0
 
 
 def test_the_cache_serves_when_the_hub_is_gone(tmp_path: Path, repository: Path) -> None:
