@@ -8,18 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    LTX2ImageToVideoPipeline,
-    LTX2LatentUpsamplePipeline,
-    LTX2Pipeline,
-)
-from diffusers.pipelines.ltx2.utils import (
-    DISTILLED_SIGMA_VALUES,
-    STAGE_2_DISTILLED_SIGMA_VALUES,
-    apply_image_conditioning_crf,
-)
-from PIL import Image
+from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES, apply_image_conditioning_crf
 from torch import Tensor, nn
 
 from raydiff.memory.residency import Residency
@@ -28,13 +17,8 @@ from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_first_frame import compress
 from raydiff.pipelines.tiny_ltx2 import LTX2Version
 from raydiff.video_settings import VideoMode
-from tests.parity.ltx2_reference import (
-    reference_pipeline,
-    reference_transformer,
-    reference_upsampler,
-)
+from tests.parity.ltx2_reference import GUIDED, UNGUIDED, Reference, read_image, write_image
 from tests.pipelines.tiny_ltx2 import (
-    MAX_LENGTH,
     clip_request,
     tiny_components,
     tiny_pipeline,
@@ -47,26 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing config attribute `hop_
 
 SIZE: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "frame_rate": 25.0}
 TWICE = {**SIZE, "height": 128, "width": 192}
-UNGUIDED: dict[str, Any] = {
-    "guidance_scale": 1.0,
-    "stg_scale": 0.0,
-    "modality_scale": 1.0,
-    "guidance_rescale": 0.0,
-    "audio_guidance_scale": 1.0,
-    "audio_stg_scale": 0.0,
-    "audio_modality_scale": 1.0,
-    "audio_guidance_rescale": 0.0,
-}
-GUIDED: dict[str, Any] = {
-    "guidance_scale": 3.0,
-    "stg_scale": 1.0,
-    "modality_scale": 2.5,
-    "guidance_rescale": 0.7,
-    "audio_guidance_scale": 5.0,
-    "audio_stg_scale": 0.8,
-    "audio_modality_scale": 2.0,
-    "audio_guidance_rescale": 0.4,
-}
 ROWS: list[dict[str, Any]] = [
     {
         "prompt": " a red cat on the video ",
@@ -98,13 +62,11 @@ ROWS: list[dict[str, Any]] = [
 """Rows with all, some and no guidance, of different lengths; they share a batch."""
 
 
-class Pair:
+class Pair(Reference):
     """diffusers' pipelines of one version, and ours on the same weights."""
 
     def __init__(self, version: LTX2Version, folder: Path) -> None:
-        self.pipe = reference_pipeline(version, folder)
-        self.upsampler = reference_upsampler(version)
-        self.refine_transformer = reference_transformer(version)
+        super().__init__(version, folder)
         references: dict[str, nn.Module] = {
             **self.pipe.components,
             "text_encoder": self.pipe.text_encoder.model.language_model,
@@ -137,81 +99,6 @@ class Pair:
             for video, audio in denoised.latents
         ]
 
-    def reference(
-        self, row: dict[str, Any], scheduler: Any = None, **options: Any
-    ) -> tuple[Any, Any]:
-        """Return what diffusers makes of one row: frames and sound, or latents."""
-        components = self.pipe.components
-        if scheduler is not None:
-            components = components | {"scheduler": scheduler}
-        return self.call(row, components, as_arguments(row) | options)
-
-    def call(
-        self, row: dict[str, Any], components: dict[str, Any], arguments: dict[str, Any]
-    ) -> tuple[Any, Any]:
-        """Call diffusers' pipeline for the row's task."""
-        pipe = (LTX2ImageToVideoPipeline if "init_image" in row else LTX2Pipeline)(**components)
-        pipe.set_progress_bar_config(disable=True)
-        frames, sound = pipe(**arguments, return_dict=False, max_sequence_length=MAX_LENGTH)
-        return frames, sound
-
-    def reference_in_two_stages(
-        self, row: dict[str, Any], transformer: nn.Module, **options: Any
-    ) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Return diffusers' frames and the sounds of its two stages, called as its docs do.
-
-        They have no first frame in the second stage but the upsampler's; LTX-2's own pipelines
-        encode the image once more, at the whole size.
-        """
-        half = {**row, "height": row["height"] // 2, "width": row["width"] // 2}
-        generator = torch.Generator().manual_seed(row["seed"])
-        shared = {"generator": generator, **options}
-        video, audio = self.reference(half, **shared, output_type="latent")
-        upsample = LTX2LatentUpsamplePipeline(vae=self.pipe.vae, latent_upsampler=self.upsampler)
-        sizes = {"height": half["height"], "width": half["width"], "num_frames": row["num_frames"]}
-        (latents,) = upsample(latents=video, **sizes, output_type="latent", return_dict=False)
-        if "init_image" in row:
-            latents[:, :, :1] = self.first_frame(row)
-        changes = {"transformer": transformer, "scheduler": self.fixed_scheduler()}
-        refine = self.pipe.components | changes
-        arguments = as_arguments(row | UNGUIDED | {"num_inference_steps": 3}) | {
-            "generator": generator,
-            "latents": latents,
-            "audio_latents": audio,
-            "sigmas": STAGE_2_DISTILLED_SIGMA_VALUES,
-            "noise_scale": STAGE_2_DISTILLED_SIGMA_VALUES[0],
-        }
-        frames, second_sound = self.call(row, refine, arguments)
-        with torch.no_grad():
-            first_sound = self.pipe.vocoder(self.pipe.audio_vae.decode(audio).sample)
-        return frames, first_sound, second_sound
-
-    def fixed_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """Return the scheduler that takes lists of sigmas as they are."""
-        return FlowMatchEulerDiscreteScheduler.from_config(
-            self.pipe.scheduler.config, use_dynamic_shifting=False, shift_terminal=None
-        )
-
-    @torch.no_grad()
-    def first_frame(self, row: dict[str, Any]) -> Tensor:
-        """Return the raw latents of the row's image at its whole size."""
-        pipe = LTX2ImageToVideoPipeline(**self.pipe.components)
-        pixels = apply_image_conditioning_crf(np.array(read_image(row["init_image"])), 33)
-        image = pipe.video_processor.preprocess(
-            Image.fromarray(pixels), height=row["height"], width=row["width"]
-        )
-        return self.pipe.vae.encode(image.unsqueeze(2)).latent_dist.mode()
-
-
-def as_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row as diffusers' pipelines take it."""
-    values = {"output_type": "np", "generator": torch.Generator().manual_seed(row["seed"]), **row}
-    del values["seed"]
-    values["spatio_temporal_guidance_blocks"] = list(values.pop("stg_blocks")) or None
-    if "init_image" in values:
-        values["image"] = read_image(values.pop("init_image"))
-    return values
-
 
 def as_levels(parts: Iterable[Tensor]) -> np.ndarray:
     """Return parts (f, 3, H, W) in -1..1 as frames (F, H, W, 3) in 0..1."""
@@ -227,18 +114,6 @@ def assert_equal(ours: tuple[np.ndarray, np.ndarray], frames: np.ndarray, sound:
     # Neither grey nor silent, and not cut at the ends of their ranges.
     assert frames[0].std() > 0.1
     assert 0.02 < sound[0].std() < 0.7
-
-
-def read_image(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def write_image(path: Path, height: int, width: int) -> str:
-    """Write smooth random colours, which H.264 changes and does not destroy."""
-    coarse = np.random.default_rng(5).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module", params=["2.0", "2.3"])
