@@ -2,12 +2,15 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 
 from raydiff.batching import Batcher, padded_size
 from raydiff.request import BatchKey, RenderBatch, RenderRequest
+from raydiff.video_settings import VideoSettings
 
 
 def request(
@@ -40,6 +43,41 @@ def batcher_of(*requests: RenderRequest, lookahead: int = 100) -> Batcher:
     for one in requests:
         batcher.add(one)
     return batcher
+
+
+def clip(seed: int, **changes: Any) -> RenderRequest:
+    settings = VideoSettings(
+        **{
+            "video_mode": "one_stage",
+            "text_encoder": "gemma3",
+            "num_frames": 121,
+            "frame_rate": 24.0,
+            "stg_scale": 1.0,
+            "stg_blocks": (29,),
+            "modality_scale": 3.0,
+            "audio_guidance_scale": 7.0,
+            "audio_stg_scale": 1.0,
+            "audio_modality_scale": 3.0,
+            "audio_guidance_rescale": 0.7,
+            **changes,
+        }
+    )
+    return replace(request(seed), task="txt2vid", video=settings)
+
+
+def test_clips_of_one_length_and_rate_share_batches_whatever_their_guidance() -> None:
+    batcher = batcher_of(
+        clip(0),
+        clip(1, num_frames=97),
+        clip(2, frame_rate=24),
+        clip(3, stg_blocks=(), stg_scale=0.0, audio_stg_scale=0.0),
+        clip(4, frame_rate=25.0),
+        request(5),
+    )
+    batches = [batcher.take(8) for _ in range(4)]
+    assert [seeds(batch) for batch in batches] == [[0, 2, 3], [1], [4], [5]]
+    assert batches[1] is not None
+    assert batches[1].key == BatchKey("sdxl", 512, 512, 97, 24.0)
 
 
 def test_an_empty_batcher_gives_nothing() -> None:
@@ -75,7 +113,8 @@ def test_a_batch_is_of_one_model_and_size() -> None:
     assert [seeds(batch) for batch in batches] == [[0, 2], [1, 4], [3, 5], [6]]
     assert [b.batch_id for b in batches if b] == [0, 1, 2, 3]
     assert batches[1] is not None
-    assert (batches[1].model, batches[1].height, batches[1].width) == ("sdxl", 768, 512)
+    assert batches[1].key == BatchKey("sdxl", 768, 512)
+    assert batches[1].model == "sdxl"
     assert len(batcher) == 0
 
 
