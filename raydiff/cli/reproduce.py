@@ -60,15 +60,15 @@ def describe_rerendered(made: "Rerendered") -> str:
         found = "the same pixels in other bytes; the encoder is another version"
     else:
         found = f"up to {made.max_abs} of 255 off, PSNR {made.similarity.psnr:.1f} dB"
-    if made.sound_psnr != math.inf:
-        found += f"; the sound {_describe_sound(made.sound_psnr)}"
+    if made.sound_snr != math.inf:
+        found += f"; the sound {_describe_sound(made.sound_snr)}"
     if made.device != made.recorded_device:
         found += f"; it was rendered on {made.recorded_device}, now on {made.device}"
     return f"{name}: {found}"
 
 
-def _describe_sound(psnr: float) -> str:
-    return "has another length or rate" if psnr == -math.inf else f"differs, PSNR {psnr:.1f} dB"
+def _describe_sound(snr: float) -> str:
+    return "is missing or of another length" if snr == -math.inf else f"differs, SNR {snr:.1f} dB"
 
 
 def rerendered_values(made: "Rerendered") -> dict[str, Any]:
@@ -83,7 +83,7 @@ def rerendered_values(made: "Rerendered") -> dict[str, Any]:
         "recorded_sha256": made.recorded_sha256,
         "max_abs": made.max_abs,
         "psnr": None if similarity is None or similarity.is_equal else similarity.psnr,
-        "sound_psnr": made.sound_psnr if math.isfinite(made.sound_psnr) else None,
+        "sound_snr": made.sound_snr if math.isfinite(made.sound_snr) else None,
         "device": made.device,
         "recorded_device": made.recorded_device,
     }

@@ -1,21 +1,11 @@
 """`raydiff verify`: is every file that the metadata names there and unchanged?"""
 
 import json
-import math
 import re
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from raydiff.engine.rerender import Rerendered
-
-MAX_GREY_LEVELS = 1
-MIN_CLIP_PSNR = 40.0
-"""What rounding on other hardware may change; more is another image or clip. In a clip's frames and
-sound (dB) its encoder makes more of it."""
 
 
 def sample_size(
@@ -48,7 +38,7 @@ def verify(out: str, sample: tuple[float, int] | None, seed: int, is_json: bool)
 
     With --rerender, render a sample again from the metadata and compare. Exit status 1 when
     something is wrong: an image rendered again may be 1 grey level off, as on another GPU, and a
-    clip so much that its PSNR is 40 dB.
+    clip so far that its PSNR is 30 dB.
     Files that no row names are listed, and are no error.
 
     \b
@@ -75,7 +65,7 @@ def verify(out: str, sample: tuple[float, int] | None, seed: int, is_json: bool)
 def _rerender(out: str, share: float, number: int, seed: int, is_json: bool) -> int:
     """Render a sample again, say what is not equal, and return how many are other images."""
     from raydiff.cli.reproduce import describe_rerendered, rerendered_values
-    from raydiff.engine.rerender import Rerenderer
+    from raydiff.engine.rerender import MAX_GREY_LEVELS, MIN_FRAMES_PSNR, Rerenderer
     from raydiff.output.row_samples import sample_requests
 
     renderer = Rerenderer(out)
@@ -86,25 +76,17 @@ def _rerender(out: str, share: float, number: int, seed: int, is_json: bool) -> 
             num_rows += 1
             if made.is_equal:
                 continue
-            is_near = _is_near(made)
-            num_near += is_near
-            num_different += not is_near
+            num_near += made.is_near
+            num_different += not made.is_near
             if is_json:
-                kind = "near_render" if is_near else "different_render"
+                kind = "near_render" if made.is_near else "different_render"
                 click.echo(json.dumps({"kind": kind, **rerendered_values(made)}))
             else:
                 click.echo(describe_rerendered(made))
     if not is_json:
         click.echo(
             f"{num_rows} rendered again: {num_rows - num_near - num_different} equal byte for "
-            f"byte, {num_near} within {MAX_GREY_LEVELS} grey level (clips {MIN_CLIP_PSNR:g} dB), "
+            f"byte, {num_near} within {MAX_GREY_LEVELS} grey level (clips {MIN_FRAMES_PSNR:g} dB), "
             f"{num_different} different"
         )
     return num_different
-
-
-def _is_near(made: "Rerendered") -> bool:
-    if not made.is_clip:
-        return made.max_abs <= MAX_GREY_LEVELS
-    psnr = math.inf if made.similarity is None else made.similarity.psnr
-    return min(psnr, made.sound_psnr) >= MIN_CLIP_PSNR

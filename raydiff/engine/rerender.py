@@ -20,7 +20,7 @@ from raydiff.errors import InputError, ModelError, OutputError, RowError
 from raydiff.manifest.init_images import find_init_image
 from raydiff.memory.gpus import visible_gpus
 from raydiff.memory.profiles import compute_dtype
-from raydiff.output.audio import Audio, sound_psnr
+from raydiff.output.audio import Audio, sound_snr
 from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import Pixels, read_image
 from raydiff.output.media_files import (
@@ -36,6 +36,12 @@ from raydiff.output.writer import Writer
 from raydiff.request import RenderRequest, with_request_id
 from raydiff.video_settings import VideoSettings
 from raydiff.weights.resolve import resolve_model
+
+MAX_GREY_LEVELS = 1
+MIN_FRAMES_PSNR = 30.0
+MIN_SOUND_SNR = 10.0
+"""What rounding on other hardware may change; more is another image or clip. A video's encoder
+makes more of it (these are dB): a grey level of noise over the noise of random weights is 33."""
 
 Row = Mapping[str, Any]
 Place = tuple[str | Path, Row]
@@ -53,8 +59,9 @@ class Rerendered:
     recorded_sha256: str
     similarity: Similarity | None
     """To the run's own image or frames; None where the files are equal."""
-    sound_psnr: float
-    """dB to the run's own sound, infinite where it is equal; for an image too."""
+    sound_snr: float
+    """dB by which the run's own sound is louder than what differs; infinite where nothing does, and
+    for an image."""
     device: str
     recorded_device: str
     data: bytes
@@ -64,7 +71,15 @@ class Rerendered:
     @property
     def is_equal(self) -> bool:
         """Whether it is the file that the run wrote, byte for byte."""
-        return self.sha256 == self.recorded_sha256 and self.sound_psnr == math.inf
+        return self.sha256 == self.recorded_sha256 and self.sound_snr == math.inf
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it differs by no more than another device's rounding makes of it."""
+        if not self.is_clip:
+            return self.max_abs <= MAX_GREY_LEVELS
+        psnr = math.inf if self.similarity is None else self.similarity.psnr
+        return psnr >= MIN_FRAMES_PSNR and self.sound_snr >= MIN_SOUND_SNR
 
     @property
     def max_abs(self) -> int:
@@ -91,7 +106,7 @@ class Rerenderer:
         Raises InputError where what it was made of is gone or has changed, MediaError where the
         file to compare with is gone, RowError where it cannot be rendered any more.
         """
-        request = _request(row)
+        request = request_of(row)
         renderer = self._load(row)
         asked = replace(request, model=self._name(row))
         if row["num_threads"] is not None:
@@ -111,7 +126,7 @@ class Rerenderer:
             # An index of frames says nothing of the sound.
             is_known = similarity is None and not is_frames_index(made.file_name)
             if is_clip(made.file_name) and not is_known:
-                psnr = sound_psnr(_sound(self._out, row), _sound(*after))
+                psnr = sound_snr(_sound(self._out, row), _sound(*after))
             data = (after[0] / made.file_name).read_bytes()
         return Rerendered(
             row_index=row["row_index"],
@@ -120,7 +135,7 @@ class Rerenderer:
             sha256=made.sha256,
             recorded_sha256=row["sha256"],
             similarity=similarity,
-            sound_psnr=psnr,
+            sound_snr=psnr,
             device=self._device,
             recorded_device=row["device"],
             data=data,
@@ -190,8 +205,8 @@ def _sound(out: str | Path, row: Row) -> Audio | None:
         return clip.sound()
 
 
-def _request(row: Row) -> RenderRequest:
-    """Return the request that a row was rendered for."""
+def request_of(row: Row) -> RenderRequest:
+    """Return the request that a metadata row was rendered for. Raises InputError."""
     if row["status"] != "completed":
         raise InputError(
             f"row {row['row_index']} is {row['status']}: {row['error']}. There is no file to make "

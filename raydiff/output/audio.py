@@ -38,13 +38,18 @@ def fit_audio(audio: Audio, num_frames: int, frame_rate: Fraction) -> Audio:
     return Audio(samples=samples, sample_rate=audio.sample_rate)
 
 
-def sound_psnr(left: Audio | None, right: Audio | None) -> float:
-    """Return how near two sounds are, in dB to full scale: infinite where they are equal, minus
-    infinite where one has another length, rate or number of channels, or is not there."""
+def sound_snr(left: Audio | None, right: Audio | None) -> float:
+    """Return how much louder than their difference the left of two sounds is, in dB.
+
+    Infinite where they are equal, minus infinite where one has another length, rate or number of
+    channels, or is not there.
+    """
     if left is None or right is None:
         return math.inf if left is right else -math.inf
     if left.sample_rate != right.sample_rate or left.samples.shape != right.samples.shape:
         return -math.inf
-    difference = left.samples.astype(np.float64) - right.samples
-    mean_squared = float((difference**2).mean()) if difference.size else 0.0
-    return -10 * math.log10(mean_squared) if mean_squared else math.inf
+    samples = left.samples.astype(np.float64)
+    power, noise = float((samples**2).sum()), float(((samples - right.samples) ** 2).sum())
+    if not noise:
+        return math.inf
+    return 10 * math.log10(power / noise) if power else -math.inf

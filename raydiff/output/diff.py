@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from raydiff.output.audio import Audio, sound_psnr
+from raydiff.output.audio import Audio, sound_snr
 from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import Pixels, read_image
 from raydiff.output.matching import BY_REQUEST, Row, match, read_side
@@ -279,7 +279,7 @@ def _compare_clips(left: _Image, right: _Image) -> _Verdict:
     if not num_frames:
         return _Verdict("broken_file", f"{left.side} and {right.side}: no frame can be decoded")
     similarity = frames.result()
-    if sound_psnr(left.sound(), right.sound()) != math.inf:
+    if sound_snr(left.sound(), right.sound()) != math.inf:
         return _Verdict("different", "the sound differs", similarity)
     return _verdict(similarity)
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from raydiff.config import OutputConfig, load_config
 from raydiff.errors import ConfigError, DiskError, OutOfMemoryError, RowError
-from raydiff.output.audio import Audio, fit_audio, sound_psnr
+from raydiff.output.audio import Audio, fit_audio, sound_snr
 from raydiff.output.clip import Clip, exact_rate
 from raydiff.output.clip_files import read_frames_index
 from raydiff.output.clip_reader import open_clip
@@ -287,7 +287,7 @@ def test_a_clip_is_read_back_whatever_its_format(video, tmp_path):
             length_s = sound.samples.shape[1] / sound.sample_rate
             assert length_s == pytest.approx(9 / 8, abs=0.05)
         if video == "frames":
-            assert 80 < sound_psnr(sound, clip.audio) < math.inf
+            assert 70 < sound_snr(sound, clip.audio) < math.inf
 
 
 NOT_FINITE = Audio(samples=np.full((2, 9), np.nan, np.float32), sample_rate=24_000)
@@ -547,10 +547,13 @@ def test_audio_of_another_kind_is_refused():
 def test_sounds_are_compared_in_decibels():
     audio = make_audio(0.1, 24_000)
     quiet = Audio(samples=audio.samples + np.float32(0.01), sample_rate=24_000)
-    assert sound_psnr(audio, audio) == sound_psnr(None, None) == math.inf
-    assert sound_psnr(audio, quiet) == pytest.approx(40, abs=0.01)
+    assert sound_snr(audio, audio) == sound_snr(None, None) == math.inf
+    power = float((audio.samples**2).mean())
+    assert sound_snr(audio, quiet) == pytest.approx(40 + 10 * math.log10(power), abs=0.01)
+    silence = Audio(samples=np.zeros_like(audio.samples), sample_rate=24_000)
+    assert (sound_snr(audio, silence), sound_snr(silence, audio)) == (0, -math.inf)
     for other in (None, make_audio(0.2, 24_000), make_audio(0.05, 48_000)):
-        assert sound_psnr(audio, other) == -math.inf
+        assert sound_snr(audio, other) == -math.inf
 
 
 def test_fitting_counts_samples_exactly():
