@@ -33,13 +33,14 @@ def encode(
     """Encode each text that the rows of SOURCE need, once, with the model's text encoder.
 
     SOURCE is a manifest or a job file, as for `render`. A run of LTX-2 that reads --out needs no
-    text encoder: --set ltx2.text_encoder=precomputed --set ltx2.embeds=FOLDER. The same command
-    again encodes only what is missing. Exit status: 0 all is there, 1 some rows are bad, 2 the
+    text encoder: --set ltx2.text_encoder=precomputed --set ltx2.embeds=FOLDER. A split run with
+    engine.embeds_on_disk takes them from its own --out. The same command again encodes only what is
+    missing. Exit status: 0 all is there, 1 some rows are bad, 2 the
     input is bad, 130 interrupted.
 
     \b
     raydiff encode prompts.parquet --model Lightricks/LTX-2 --out texts
-    raydiff encode --prompt "a lighthouse at dusk" --model sdxl --out texts
+    raydiff encode prompts.parquet --model sdxl --out renders
     """
     config = run_config(source, prompts, overrides, **options)
     out = out or config.ltx2.embeds

@@ -24,6 +24,8 @@ from raydiff.output.storage import Storage, open_storage, read_error
 from raydiff.request import RECIPE_VERSION
 
 RUN_FILE = "run.json"
+EMBEDS_DIR = "embeds"
+"""Encoded prompts; `raydiff encode` may put them there before the run begins."""
 LIBRARIES = ("torch", "ray", "pyarrow", "pillow", "numpy", "av")
 MODEL_KEYS = ("name", "revision", "variant", "dtype", "vae_dtype")
 LTX2_KEYS = ("mode", "text_encoder")
@@ -251,7 +253,7 @@ def _make_folder(storage: Storage) -> None:
         raise OutputError(
             f"output folder {storage.uri}: {error.strerror}. Choose another --out."
         ) from None
-    if RUN_FILE not in names and names - {LOCK_FILE}:
+    if RUN_FILE not in names and names - {LOCK_FILE, EMBEDS_DIR}:
         raise OutputError(
             f"output folder {storage.uri}: it holds {min(names)!r} and is not a run. "
             "Choose a new or empty folder as --out."

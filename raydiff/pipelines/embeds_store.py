@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from raydiff.output.run_file import EMBEDS_DIR
 from raydiff.output.storage import Storage, open_storage
 from raydiff.pipelines.encoder_reply import FEATURE_DTYPES, safetensors_metadata
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import RECIPE_VERSION
 
-EMBEDS_DIR = "embeds"
 MAX_BYTES = 64 * 2**20
 """Most that is read of a file; SDXL's have 0.3 MB in bfloat16 and 0.6 MB in float32."""
 

@@ -14,11 +14,13 @@ from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from socket import AF_INET6, gaierror, getaddrinfo
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Thread
 from typing import Any, NamedTuple
 
+import torch
+
 from raydiff.config import LTX2Config, MemoryConfig, ModelConfig
-from raydiff.errors import ConfigError, ModelError, RaydiffError, RowError
+from raydiff.errors import ConfigError, EngineError, ModelError, RaydiffError, RowError
 from raydiff.manifest.schema import MAX_TEXT_CHARACTERS, quoted
 from raydiff.pipelines.base import Pipeline
 from raydiff.pipelines.encoder_reply import MAX_BODY_BYTES, MAX_TEXTS, EncodeReply, ServiceInfo
@@ -70,6 +72,7 @@ class EncoderServer(ThreadingHTTPServer):
     request_queue_size = MAX_WAITING
     about: ServiceInfo
     pipeline: Pipeline
+    failure: str | None = None
 
     def __init__(self, host: str, port: int, *, token: str | None) -> None:
         """Without a token anyone who reaches `host` may ask.
@@ -101,15 +104,26 @@ class EncoderServer(ThreadingHTTPServer):
             ) from None
 
     def serve(self, about: ServiceInfo, pipeline: Pipeline) -> None:
-        """Answer with what a pipeline encodes, until `shutdown`."""
+        """Answer with what a pipeline encodes, until `shutdown`.
+
+        Raises EngineError when the GPU has failed.
+        """
         self.about = about
         self.pipeline = pipeline
         self.serve_forever()
+        if self.failure is not None:
+            raise EngineError(f"the GPU failed: {self.failure}")
 
     def encode(self, texts: Sequence[str]) -> list[EncodedPrompt]:
         """Encode texts; called in the encode thread."""
-        with self.pipeline.fitting(f"{len(texts)} texts"):
-            return self.pipeline.encode_texts(texts)
+        try:
+            with self.pipeline.fitting(f"{len(texts)} texts"):
+                return self.pipeline.encode_texts(texts)
+        except torch.AcceleratorError as error:
+            # Every later call of this process would fail too: what restarts it is to know.
+            self.failure = str(error).splitlines()[0]
+            Thread(target=self.shutdown, daemon=True).start()
+            raise
 
     @property
     def url(self) -> str:

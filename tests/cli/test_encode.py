@@ -15,19 +15,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from raydiff.cli import main
 from raydiff.config import MemoryConfig, ModelConfig, RunConfig, load_config
 from raydiff.engine.known_models import known_models
-from raydiff.engine.messages import EncodeBatch, Role, texts_of
+from raydiff.engine.messages import EncodeBatch, Role, TextKey, texts_of
 from raydiff.engine.plan import open_rows
 from raydiff.engine.render import RENDERER, renderer_arguments
+from raydiff.engine.renderers import PipelineRenderer
 from raydiff.engine.worker import Worker, WorkerSpec
 from raydiff.errors import ModelError
 from raydiff.manifest.rows import read_rows
-from raydiff.pipelines.embeds_store import EmbedsStore
+from raydiff.output.run_file import start_run
 from raydiff.pipelines.encoder_client import TOKEN_VARIABLE
 from raydiff.pipelines.encoder_server import EncoderServer, serve_encoder
 from raydiff.pipelines.load import load_pipeline
@@ -118,17 +118,20 @@ def test_a_jobs_own_folder_is_filled_whatever_its_run_reads(
     assert len(list(Path("texts").rglob("*.safetensors"))) == 1
 
 
-def test_texts_of_images_are_kept_where_a_split_run_looks(tiny_sdxl: Path, tmp_path: Path) -> None:
-    run("encode", "--prompt", "a red cat", "--model", tiny_sdxl, "--out", tmp_path)
-    pipeline = load_pipeline(str(tiny_sdxl), stages=["encode"])
-    kept = EmbedsStore(str(tmp_path)).read(
-        ["a red cat", ""], revision=pipeline.info.revision, dtype=torch.float32
+def test_a_split_run_of_images_begins_with_the_texts_that_are_there(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    run("encode", "--prompt", "a red cat", "--model", tiny_sdxl, "--out", tmp_path / "out")
+    config = load_config(
+        overrides={"model.name": str(tiny_sdxl), "out": str(tmp_path / "out")}
+        | {"engine.embeds_on_disk": True, "prompts": ["a red cat"]}
     )
-    (fresh,) = pipeline.encode_texts(["a red cat"])
-    assert torch.equal(kept["a red cat"].embeds, fresh.embeds)
-    assert fresh.pooled is not None
-    assert torch.equal(kept["a red cat"].pooled, fresh.pooled)  # type: ignore[arg-type]
-    assert len(kept) == 2
+    about = {"manifest_uri": "", "manifest_fingerprint": "0", "num_rows": 1}
+    with start_run(str(tmp_path / "out"), config=config, models={}, **about):  # type: ignore[arg-type]
+        encoder = PipelineRenderer(**renderer_arguments(config, None), role="encode")
+        info = known_models(config.model)(str(tiny_sdxl))
+        keys = [TextKey(info.name, info.revision, text) for text in ("a red cat", "")]
+        assert encoder.encode(keys).num_from_disk == 2
 
 
 def test_a_folder_is_asked_for_and_has_to_be_writable(tiny_ltx2: Path, tmp_path: Path) -> None:

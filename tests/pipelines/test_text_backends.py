@@ -4,9 +4,10 @@ and what a service that is not what it should be comes to."""
 import http.client
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -428,6 +429,29 @@ def test_an_error_inside_stays_inside(
         status, error = ask(server, "POST", "/encode", b'{"texts": ["a"]}')
     assert (status, error) == (500, "encoding failed: AttributeError")
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_gpu_that_failed_ends_the_service(pipeline: LTX2Pipeline) -> None:
+    class Broken(LTX2Pipeline):
+        def encode_texts(self, texts: Sequence[str]) -> list[EncodedPrompt]:
+            raise torch.AcceleratorError("an illegal memory access\nwas met")
+
+    broken = Broken(
+        info=pipeline.info,
+        components=pipeline.parts,
+        profile=pipeline.profile,
+        dtype=pipeline.dtype,
+    )
+    with EncoderServer("127.0.0.1", 0, token=None) as server:
+        answers: list[tuple[int, str]] = []
+        asking = Thread(
+            target=lambda: answers.append(ask(server, "POST", "/encode", b'{"texts": ["a"]}'))
+        )
+        asking.start()
+        with pytest.raises(EngineError, match=r"the GPU failed: an illegal memory access$"):
+            server.serve(about_pipeline(broken), broken)
+        asking.join()
+    assert answers == [(500, "encoding failed: AcceleratorError")]
 
 
 # Settings.
