@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -90,6 +90,8 @@ class ModelInfo:
     default_sampler: str
     num_parameters: dict[str, int]
     """Parameters of each component (text_encoder, unet, vae, ...), from the file headers."""
+    num_fp8_parameters: dict[str, int] = field(default_factory=dict)
+    """Those that are stored, and computed with, in fp8."""
     samplers: tuple[str, ...] = SAMPLERS
     video: VideoModel | None = None
     """None for a model of images."""

@@ -14,7 +14,7 @@ from raydiff.manifest.reader import AxisSummary, Manifest, open_manifest, prompt
 from raydiff.manifest.row_checks import RowChecks
 from raydiff.manifest.sweep import open_sweep
 from raydiff.memory.gpus import GpuInfo, visible_gpus
-from raydiff.memory.profiles import DTYPE_BYTES, Profile, compute_dtype, resolve_profile
+from raydiff.memory.profiles import Profile, compute_dtype, model_profile
 from raydiff.output.keys import Keys, image_keys, row_keys
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.part_files import map_parts
@@ -22,6 +22,7 @@ from raydiff.output.run_file import check_same_run, is_run
 from raydiff.output.sorted_index import SortedIndex
 from raydiff.output.storage import open_storage
 from raydiff.request import BatchKey, ModelInfo
+from raydiff.weights.components import STAGES, needed_components
 
 T = TypeVar("T", bound=np.generic)
 
@@ -203,6 +204,6 @@ def _batches(
 
 def profile_on(gpu: GpuInfo | None, info: ModelInfo, config: RunConfig) -> Profile:
     """Return the memory profile of a model in a worker on this GPU, None for one without."""
-    num_bytes = DTYPE_BYTES[compute_dtype(config.model.dtype, config.memory, gpu)]
-    component_bytes = {name: count * num_bytes for name, count in info.num_parameters.items()}
-    return resolve_profile(config.memory, info.family, component_bytes, gpu)
+    dtype = compute_dtype(config.model.dtype, config.memory, gpu)
+    components = needed_components(info.num_parameters, STAGES, config.ltx2)
+    return model_profile(config.memory, info, dtype, components, gpu)

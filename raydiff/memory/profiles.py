@@ -4,7 +4,7 @@ The five profiles are data (configs/profiles/*.yaml); `resolve_profile` picks on
 a GPU and lays the run's own choices over it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from raydiff.config import DTypeName, MemoryConfig, ProfileName
 from raydiff.config_files import config_file
 from raydiff.errors import ConfigError
 from raydiff.memory.gpus import GpuInfo
+from raydiff.request import ModelInfo
 
 Cleanup = Literal["none", "phase", "step"]
 Guidance = Literal["batched", "sequential"]
@@ -33,19 +34,21 @@ CARD_TOLERANCE = 0.9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """One policy. Components are text_encoder (all of them), unet and vae."""
+    """One policy. Components are text_encoder (all that encodes texts), unet (or transformers) and
+    vae (all that decodes)."""
 
     name: ProfileName
     min_card_gib: dict[str, float]
-    """Per family: the smallest card, in GiB as sold, that `auto` gives this profile."""
+    """Per family: the smallest card, in GiB as sold, that `auto` gives this profile, for all of a
+    checkpoint in two bytes a weight."""
     devices: dict[str, str]
     """Where each component computes: `cuda` or `cpu`."""
     guidance: Guidance
     """batched: both halves of guidance in one forward pass; sequential: one after the other."""
     cleanup: Cleanup
     """none: components stay on the GPU. phase: each is there for its own phase only, and freed
-    memory goes back to the driver between phases. step: as phase, and the UNet's weights visit
-    layer by layer."""
+    memory goes back to the driver between phases. step: as phase, and the weights of the UNet or
+    transformer visit layer by layer."""
     max_batch_pixels: int
     """Largest batch x height x width."""
     vae_batch_pixels: int
@@ -62,15 +65,18 @@ class Profile:
 
     def gpu_bytes(self, component_bytes: Mapping[str, int]) -> int:
         """Return the weight bytes that this profile holds on the GPU at its widest moment."""
-        on_gpu: dict[str, int] = {}
+        phases: dict[str, int] = {}
         for component, size in component_bytes.items():
             kind = component_kind(component)
-            if self.devices[kind] == "cuda":
-                on_gpu[kind] = on_gpu.get(kind, 0) + size
-        if self.cleanup == "step":
-            on_gpu.pop("unet", None)
-        return sum(on_gpu.values()) if self.cleanup == "none" else max(on_gpu.values(), default=0)
+            if self.devices[kind] != "cuda" or (self.cleanup == "step" and kind == "unet"):
+                continue
+            phase = _TOGETHER.get(component, kind if kind == "text_encoder" else component)
+            phases[phase] = phases.get(phase, 0) + size
+        return sum(phases.values()) if self.cleanup == "none" else max(phases.values(), default=0)
 
+
+_TOGETHER = {"audio_vae": "sound", "vocoder": "sound"}
+"""Components that come to the GPU for one phase, as all that encodes texts does."""
 
 _KINDS = {
     "transformer": "unet",
@@ -115,14 +121,17 @@ def resolve_profile(
     family: str,
     component_bytes: Mapping[str, int],
     gpu: GpuInfo | None,
+    *,
+    whole_bytes: Mapping[str, int] | None = None,
 ) -> Profile:
     """Return the profile to run `family` with on `gpu` (None: no GPU).
 
     `auto` goes by the card's size as sold, then steps down while what is free now does not hold
-    the profile's weights. A profile asked for by name is taken as it is.
+    the profile's weights. Where less is loaded than `whole_bytes`, all of the checkpoint in two
+    bytes a weight, a smaller card does. A profile asked for by name is taken as it is.
     """
     if memory.profile == "auto":
-        profile = _auto(family, component_bytes, gpu)
+        profile = _auto(family, component_bytes, whole_bytes or component_bytes, gpu)
     else:
         profile = load_profile(memory.profile)
     if memory.devices:
@@ -137,14 +146,42 @@ def resolve_profile(
     return profile
 
 
-def _auto(family: str, component_bytes: Mapping[str, int], gpu: GpuInfo | None) -> Profile:
+def model_profile(
+    memory: MemoryConfig,
+    info: ModelInfo,
+    dtype: ComputeDType,
+    components: Collection[str],
+    gpu: GpuInfo | None,
+) -> Profile:
+    """Return `resolve_profile` of a checkpoint of which these components are loaded."""
+    return resolve_profile(
+        memory,
+        info.family,
+        {name: weight_bytes(info, name, dtype) for name in components},
+        gpu,
+        whole_bytes={name: 2 * count for name, count in info.num_parameters.items()},
+    )
+
+
+def weight_bytes(info: ModelInfo, component: str, dtype: ComputeDType) -> int:
+    """Return what a component's weights take; those in fp8 stay in it, a byte each."""
+    num_fp8 = info.num_fp8_parameters.get(component, 0)
+    return (info.num_parameters[component] - num_fp8) * DTYPE_BYTES[dtype] + num_fp8
+
+
+def _auto(
+    family: str,
+    component_bytes: Mapping[str, int],
+    whole_bytes: Mapping[str, int],
+    gpu: GpuInfo | None,
+) -> Profile:
     if gpu is None:
         return load_profile("cpu_only")
-    profiles = [load_profile(name) for name in PROFILES]
-    fitting = (
-        profile
-        for profile in profiles
-        if gpu.total_bytes >= CARD_TOLERANCE * profile.min_card_gib[family] * GIB
-        and gpu.free_bytes >= profile.gpu_bytes(component_bytes)
-    )
-    return next(fitting)
+    for name in PROFILES:
+        profile = load_profile(name)
+        num_bytes = profile.gpu_bytes(component_bytes)
+        spared_bytes = max(0, profile.gpu_bytes(whole_bytes) - num_bytes)
+        card_bytes = CARD_TOLERANCE * profile.min_card_gib[family] * GIB - spared_bytes
+        if gpu.total_bytes >= card_bytes and gpu.free_bytes >= num_bytes:
+            break
+    return profile

@@ -44,15 +44,17 @@ class Residency:
 
     def _moves(self, component: str) -> bool:
         """Whether the component comes whole for its phase."""
-        is_on_gpu = self.device_of(component).type != "cpu"
-        return (
-            is_on_gpu and self._profile.cleanup != "none" and not self._visits_by_layer(component)
-        )
+        return self._is_away(component) and not self._visits_by_layer(component)
 
     def _visits_by_layer(self, component: str) -> bool:
-        """The UNet alone: others are small, and a tiled VAE would come again for every tile."""
-        is_on_gpu = self.device_of(component).type != "cpu"
-        return is_on_gpu and self._profile.cleanup == "step" and component == "unet"
+        """What denoises alone: others are small, and a tiled VAE would come again for every
+        tile."""
+        is_denoiser = component_kind(component) == "unet"
+        return is_denoiser and self._profile.cleanup == "step" and self._is_away(component)
+
+    def _is_away(self, component: str) -> bool:
+        """Whether the component computes elsewhere than where it rests."""
+        return self.device_of(component) != resting_device(component, self._profile)
 
 
 def compute_device(component: str, profile: Profile) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from raydiff.config import DTypeName, LTX2Config, MemoryConfig, ModelConfig, ProfileName
 from raydiff.errors import ConfigError
 from raydiff.memory.gpus import GpuInfo, visible_gpus
-from raydiff.memory.profiles import DTYPE_BYTES, compute_dtype, resolve_profile
+from raydiff.memory.profiles import compute_dtype, model_profile
 from raydiff.pipelines.base import Pipeline
 from raydiff.pipelines.loading import DTYPES, Loading
 from raydiff.pipelines.ltx2_load import load_ltx2
@@ -58,11 +58,7 @@ def load_pipeline(
     if gpu is None and set(stages) != set(STAGES):
         memory = MemoryConfig(profile="cpu_only")
     compute = compute_dtype(config.dtype, memory, gpu)
-    component_bytes = {
-        name: model.num_parameters[name] * DTYPE_BYTES[compute]
-        for name in needed(model.num_parameters)
-    }
-    policy = resolve_profile(memory, model.family, component_bytes, gpu)
+    policy = model_profile(memory, model, compute, needed(model.num_parameters), gpu)
     if compute == "float32":
         # Convolutions round to TF32 by default: 10 bits of mantissa where 23 were asked for.
         torch.backends.cudnn.allow_tf32 = False

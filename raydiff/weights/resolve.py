@@ -14,6 +14,7 @@ from raydiff.weights.checkpoint import Checkpoint, list_files, open_checkpoint
 from raydiff.weights.components import Needed
 from raydiff.weights.fingerprint import local_revision
 from raydiff.weights.folder import Variant
+from raydiff.weights.fp8 import FP8
 from raydiff.weights.headers import PICKLE_SUFFIXES, refuse_pickle
 from raydiff.weights.single_file import sidecar_file
 
@@ -215,6 +216,7 @@ def _clip_info(checkpoint: Checkpoint) -> dict[str, Any]:
     spatial_downscale, temporal_downscale = _clip_downscales(checkpoint)
     height, width = CLIP_SIZE
     return {
+        "num_fp8_parameters": _num_fp8_parameters(checkpoint),
         "tasks": ("txt2vid", "img2vid"),
         "default_height": height,
         "default_width": width,
@@ -231,6 +233,15 @@ def _clip_info(checkpoint: Checkpoint) -> dict[str, Any]:
             temporal_downscale=temporal_downscale,
             has_upsampler="latent_upsampler" in checkpoint.components,
         ),
+    }
+
+
+def _num_fp8_parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    """Count those of transformers; other components' fp8 weights are loaded in full."""
+    return {
+        name: sum(math.prod(t.shape) for t in checkpoint.tensors(name).values() if t.dtype == FP8)
+        for name in checkpoint.components
+        if name.endswith("transformer")
     }
 
 

@@ -1,5 +1,7 @@
 """Profiles: the five policies, and which one `auto` gives to which card."""
 
+from collections.abc import Collection
+
 import pytest
 
 from raydiff.config import MemoryConfig
@@ -11,9 +13,11 @@ from raydiff.memory.profiles import (
     PROFILES,
     compute_dtype,
     load_profile,
+    model_profile,
     poorer_profile,
     resolve_profile,
 )
+from raydiff.request import ModelInfo
 
 SDXL_BF16 = {
     "unet": 5_134_927_368,
@@ -21,6 +25,17 @@ SDXL_BF16 = {
     "text_encoder": 246_120_960,
     "text_encoder_2": 1_389_319_680,
 }
+
+LTX2_PARAMETERS = {
+    "text_encoder": 11_766_034_176,
+    "connectors": 1_431_475_200,
+    "transformer": 18_876_174_592,
+    "vae": 1_222_479_857,
+    "latent_upsampler": 497_867_904,
+    "audio_vae": 53_248_402,
+    "vocoder": 55_592_802,
+}
+"""Of LTX-2.0."""
 
 
 def gpu(total_mib: int, free_gib: float | None = None) -> GpuInfo:
@@ -115,6 +130,73 @@ def test_gpu_bytes_count_text_encoders_together_and_phases_apart() -> None:
     assert load_profile("gpu_poor").gpu_bytes({**SDXL_BF16, "unet": 1}) == vae
     assert load_profile("extreme").gpu_bytes(SDXL_BF16) == vae
     assert load_profile("cpu_only").gpu_bytes(SDXL_BF16) == 0
+
+
+def ltx2_profile(
+    total_mib: int, components: Collection[str] = LTX2_PARAMETERS.keys(), num_fp8: int = 0
+) -> str:
+    """Return the profile that a GPU gives those components of an LTX-2."""
+    info = ModelInfo(
+        name="ltx2",
+        family="ltx2",
+        path="",
+        revision="1",
+        tasks=("txt2vid",),
+        default_height=512,
+        default_width=768,
+        size_multiple=32,
+        default_num_inference_steps=40,
+        default_guidance_scale=3.0,
+        default_strength=1.0,
+        default_sampler="euler",
+        num_parameters=LTX2_PARAMETERS,
+        num_fp8_parameters={"transformer": num_fp8},
+    )
+    return model_profile(MemoryConfig(), info, "bfloat16", components, gpu(total_mib)).name
+
+
+@pytest.mark.parametrize(
+    ("total_mib", "expected"),
+    [
+        (143_771, "full_gpu"),  # H200
+        (97_887, "full_gpu"),  # 96 GB as sold
+        (81_559, "balanced"),  # H100: the weights would fit it, and not the rest
+        (46_068, "balanced"),  # L40S
+        (40_960, "gpu_poor"),
+        (32_607, "extreme"),
+        (12_288, "extreme"),
+    ],
+)
+def test_auto_knows_what_ltx2_takes(total_mib: int, expected: str) -> None:
+    assert ltx2_profile(total_mib) == expected
+
+
+def test_a_smaller_card_does_for_fewer_components_and_for_fp8() -> None:
+    assert ltx2_profile(24_564, num_fp8=16_000_000_000) == "gpu_poor"
+    assert ltx2_profile(32_607, ["vae", "audio_vae", "vocoder"]) == "full_gpu"
+    assert ltx2_profile(40_960, ["text_encoder", "connectors"]) == "balanced"
+    assert ltx2_profile(48_685, ["transformer", "connectors", "vae"]) == "balanced"
+
+
+def test_every_profile_counts_all_of_ltx2() -> None:
+    whole = {name: 2 * count for name, count in LTX2_PARAMETERS.items()}
+    text = whole["text_encoder"] + whole["connectors"]
+    assert {name: load_profile(name).gpu_bytes(whole) for name in PROFILES} == {
+        "full_gpu": sum(whole.values()),
+        "balanced": whole["transformer"],
+        "gpu_poor": whole["transformer"],
+        "extreme": whole["vae"],
+        "cpu_only": 0,
+    }
+    small = {**whole, "transformer": 1, "refine_transformer": 2, "vae": 3, "latent_upsampler": 4}
+    assert load_profile("balanced").gpu_bytes(small) == text
+    assert load_profile("gpu_poor").gpu_bytes(small) == whole["audio_vae"] + whole["vocoder"]
+
+
+def test_batches_of_clips_have_up_to_16384_tokens_at_full_gpu() -> None:
+    full, poor = load_profile("full_gpu"), load_profile("gpu_poor")
+    assert [full.max_batch_size(512, 768, frames) for frames in (121, 241, 9)] == [2, 1, 37]
+    assert poor.max_batch_size(512, 768, 121) == 1
 
 
 def test_batches_hold_one_image_at_least() -> None:
