@@ -1,22 +1,40 @@
 """`raydiff` as a user calls it, for the tests of its commands."""
 
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
+from click.testing import CliRunner, Result
 
-def cli(*arguments: str | Path, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run raydiff in a folder and check its exit status."""
-    run = subprocess.run(
-        [sys.executable, "-m", "raydiff", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    assert run.returncode == status, run.stdout + run.stderr
-    assert "Traceback" not in run.stderr
-    return run
+from raydiff.cli import main
+
+
+def cli(*arguments: str | Path, cwd: Path, status: int = 0) -> Result:
+    """Run raydiff in a folder and check its exit status.
+
+    It runs in this process, which has by now what each call would import anew; the README's
+    commands run in processes of their own.
+    """
+    with chdir(cwd), _as_it_was(cwd):
+        result = CliRunner().invoke(
+            main, [str(one) for one in arguments], env={"COLUMNS": "100"}, catch_exceptions=False
+        )
+    assert result.exit_code == status, result.stdout + result.stderr
+    return result
+
+
+@contextmanager
+def _as_it_was(cwd: Path) -> Iterator[None]:
+    """Undo what a command changes for its whole process: where hooks of a folder are imported
+    from, and torch's threads, of which images that are made again have their run's number."""
+    path = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(f"{cwd}/"):
+                del sys.modules[name]
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)

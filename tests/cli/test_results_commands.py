@@ -5,22 +5,19 @@ import io
 import json
 import shutil
 import time
-from contextlib import chdir
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
 import raydiff
-from raydiff.cli import main
 from raydiff.cli.table import print_table
 from raydiff.config import RunConfig
 from raydiff.output.progress import ProgressFile
 from raydiff.output.run_file import start_run
-from tests.cli.test_commands import cli
+from tests.cli.command import cli
 from tests.output.generated_runs import write_run
 
 PROMPTS = [
@@ -47,14 +44,6 @@ def runs(tiny_sd21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(*arguments: str, cwd: Path, status: int = 0) -> Result:
-    """Run a command in this process, which is quicker than `cli`."""
-    with chdir(cwd):
-        result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == status, result.output
-    return result
-
-
 def test_sheet(runs: Path) -> None:
     run = cli("sheet", "out", "--x", "seed", "--y", "prompt", "--cell", "64", cwd=runs)
     assert run.stdout == "sheet.png: 1 page, 2 x 4 cells\n"
@@ -65,11 +54,11 @@ def test_sheet(runs: Path) -> None:
         assert image.getpixel((2, 2)) == (255, 255, 255)
         assert len(set(image.resize((80, 80)).get_flattened_data())) > 100
     options = ("--x", "style", "--y", "seed", "--z", "num_inference_steps", "--out", "sheet.pdf")
-    assert "2 pages" in call("sheet", "out", *options, cwd=runs).stdout
+    assert "2 pages" in cli("sheet", "out", *options, cwd=runs).stdout
     assert (runs / "sheet.pdf").read_bytes().startswith(b"%PDF")
-    plain = call("sheet", "out", "--out", "all.png", "--limit", "5", "--cell", "64", cwd=runs)
+    plain = cli("sheet", "out", "--out", "all.png", "--limit", "5", "--cell", "64", cwd=runs)
     assert plain.stdout == "all.png: 1 page, 5 results\n"
-    everything = call("sheet", "out", "--out", "all.png", "--cell", "64", cwd=runs)
+    everything = cli("sheet", "out", "--out", "all.png", "--cell", "64", cwd=runs)
     assert "cells without a picture, failed: 1" in everything.stderr
 
 
@@ -77,22 +66,22 @@ def test_query(runs: Path) -> None:
     sql = "SELECT prompt, seed, style FROM results WHERE status = 'completed' ORDER BY row_index"
     records = list(csv.DictReader(io.StringIO(cli("query", "out", sql, cwd=runs).stdout)))
     assert [record["prompt"] for record in records] == [one for one in PROMPTS for _ in range(4)]
-    rows = json.loads(call("query", "out", sql, "--format", "json", cwd=runs).stdout)
+    rows = json.loads(cli("query", "out", sql, "--format", "json", cwd=runs).stdout)
     assert [row["style"] for row in rows] == ["s1", "s1", "s0", "s0"] * 4
-    run = call("query", "out", "FROM results", "--to", "all.parquet", cwd=runs)
+    run = cli("query", "out", "FROM results", "--to", "all.parquet", cwd=runs)
     assert "17 rows written to all.parquet" in run.stderr
     expected = raydiff.read_results(runs / "out")
     written = pq.read_table(runs / "all.parquet").sort_by("row_index")
     assert written.to_pylist() == expected.to_pylist()
-    table = call("query", "out", sql, "--format", "table", "--limit", "3", cwd=runs)
+    table = cli("query", "out", sql, "--format", "table", "--limit", "3", cwd=runs)
     assert table.stdout.splitlines()[0].split() == ["prompt", "seed", "style"]
     assert len(table.stdout.splitlines()) == 4
     assert "The first 3 rows" in table.stderr
 
 
 def test_diff(runs: Path) -> None:
-    assert "16 in both: 16 equal" in call("diff", "out", "out", cwd=runs).stdout
-    run = call("diff", "out", "out", "--json", cwd=runs)
+    assert "16 in both: 16 equal" in cli("diff", "out", "out", cwd=runs).stdout
+    run = cli("diff", "out", "out", "--json", cwd=runs)
     summary = json.loads(run.stdout)
     assert summary["counts"] == {"equal": 16}
     assert summary["left_out"] == {"left": 1, "right": 1}
@@ -116,11 +105,11 @@ def test_diff_of_two_settings(runs: Path, tiny_sd21: Path) -> None:
         for part in (runs / f"steps{steps}" / "metadata").glob("part-*.parquet"):
             table = pq.read_table(part)
             pq.write_table(table.filter(pa.compute.field("num_inference_steps") == steps), part)
-    run = call("diff", "steps2", "steps3", cwd=runs, status=1)
+    run = cli("diff", "steps2", "steps3", cwd=runs, status=1)
     assert "0 in both" in run.stdout
     assert "--on prompt,seed" in run.stdout
     options = ("--on", "prompt,seed", "--json", "--top", "3", "--to", "diff.parquet")
-    summary = json.loads(call("diff", "steps2", "steps3", *options, cwd=runs, status=1).stdout)
+    summary = json.loads(cli("diff", "steps2", "steps3", *options, cwd=runs, status=1).stdout)
     assert summary["counts"] == {"different": 8}
     assert len(summary["worst"]) == 3
     table = pq.read_table(runs / "diff.parquet")
@@ -131,7 +120,7 @@ def test_diff_of_two_settings(runs: Path, tiny_sd21: Path) -> None:
     assert set(table["left_file"].to_pylist()) == {
         row["file_name"] for row in results if row["num_inference_steps"] == 2
     }
-    text = call("diff", "steps2", "steps3", "--on", "prompt,seed", cwd=runs, status=1).stdout
+    text = cli("diff", "steps2", "steps3", "--on", "prompt,seed", cwd=runs, status=1).stdout
     assert "\u202e" not in text
     assert "PSNR of those that differ" in text
 
@@ -160,7 +149,7 @@ def test_diff_of_two_settings(runs: Path, tiny_sd21: Path) -> None:
 def test_bad_arguments_are_one_clear_message(
     runs: Path, arguments: list[str], message: str
 ) -> None:
-    run = call(*arguments, cwd=runs, status=2)
+    run = cli(*arguments, cwd=runs, status=2)
     assert message in run.stderr
     assert not (runs / "x.csv").exists()
 
@@ -178,7 +167,7 @@ def test_a_run_that_is_still_being_written_is_read_as_it_is(tmp_path: Path) -> N
             ["query", "out", "SELECT count(*) FROM results"],
             ["diff", "out", "out"],
         ):
-            assert "out is still being rendered" in call(*arguments, cwd=tmp_path).stderr
+            assert "out is still being rendered" in cli(*arguments, cwd=tmp_path).stderr
 
 
 def test_a_table_fits_the_terminal_and_obeys_nothing(
