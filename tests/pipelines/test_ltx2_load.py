@@ -12,11 +12,14 @@ import torch
 
 from raydiff.config import LTX2Config, ModelConfig
 from raydiff.errors import ConfigError, ModelError
+from raydiff.models.fp8_linear import Fp8Linear
 from raydiff.pipelines.base import Rendered
 from raydiff.pipelines.load import load_pipeline
 from raydiff.pipelines.ltx2 import LTX2Pipeline
+from raydiff.pipelines.quantize import quantize
 from raydiff.pipelines.tiny import make_tiny
 from tests.pipelines.tiny_ltx2 import clip_request
+from tests.weights.original_ltx2 import write_small
 
 SIZE: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "frame_rate": 25.0}
 
@@ -145,3 +148,31 @@ def test_the_vocoder_computes_in_float32_and_autoencoders_in_the_vae_dtype(tiny_
     rough, exact = render(load(tiny_ltx2, dtype="bfloat16")), render(load(tiny_ltx2))
     assert rough.errors == (None,)
     assert np.abs(rough.pixels[0].astype(int) - exact.pixels[0]).mean() < 8
+
+
+def test_an_fp8_copy_computes_in_fp8_and_takes_less_memory(tiny_ltx2: Path, tmp_path: Path) -> None:
+    quantize(tiny_ltx2, tmp_path / "fp8")
+    exact, rough = load(tiny_ltx2), load(tmp_path / "fp8")
+    assert rough.parts.transformer is not None
+    layers = [one for one in rough.parts.transformer.modules() if isinstance(one, Fp8Linear)]
+    num_fp8 = sum(layer.weight.numel() for layer in layers)
+    assert rough.info.num_fp8_parameters == {"transformer": num_fp8}
+    assert exact.info.num_fp8_parameters == {"transformer": 0}
+    assert num_fp8 > 0.5 * exact.info.num_parameters["transformer"]
+    clips = [render(pipeline).pixels[0].astype(int) for pipeline in (exact, rough)]
+    assert 0 < np.abs(clips[0] - clips[1]).mean() < 16
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+def test_lightricks_single_files_are_loaded(tmp_path: Path, version: str) -> None:
+    path = tmp_path / "ltx-2-19b-dev.safetensors"
+    write_small(path, version)
+    pipeline = load(path, ltx2=LTX2Config(text_encoder="random"))
+    assert set(pipeline.parts.modules) == {
+        "transformer", "connectors", "vae", "audio_vae", "vocoder"
+    }  # fmt: skip
+    assert all(
+        not tensor.is_meta for one in pipeline.parts.modules.values() for tensor in one.parameters()
+    )
+    with pytest.raises(ConfigError, match="the checkpoint has no text_encoder"):
+        load(path)
