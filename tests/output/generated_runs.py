@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import av
 import numpy as np
@@ -34,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
 }
 NO_COLUMNS = pa.schema([])
 
+Out = TypeVar("Out", Path, str)
+
 
 def random_pixels(seed: int, height: int = 32, width: int = 48) -> np.ndarray:
     """uint8 (height, width, 3), another image for each seed."""
@@ -58,14 +60,14 @@ def clip_rows(numbers: range) -> list[dict[str, Any]]:
 
 
 def write_run(
-    folder: Path,
+    folder: Out,
     rows: Sequence[dict[str, Any]],
     *,
     columns: pa.Schema = NO_COLUMNS,
     commit_every: int = 1000,
     format_: Literal["files", "webdataset"] = "files",
     **output: Any,
-) -> Path:
+) -> Out:
     """Write a run of `rows`: request fields over DEFAULTS, values of `columns`, and
 
     `pixels` (the image, or the clip's frames; random by the seed if left out), `audio` (the clip's
@@ -115,15 +117,19 @@ def write_run(
 
 def _manifest_row(row: dict[str, Any], index: int, columns: pa.Schema) -> ManifestRow:
     extra = pa.RecordBatch.from_pylist([{name: row.get(name) for name in columns.names}], columns)
-    known = {one.name: row[one.name] for one in fields(RenderRequest) if one.name in row}
-    request = with_request_id(RenderRequest(**{**DEFAULTS, **known}))
     return ManifestRow(
         row_index=index,
         image_index=0,
-        request=None if "bad" in row else request,
+        request=None if "bad" in row else request_of(row),
         error=row.get("bad"),
         extra=extra if len(columns) else None,
     )
+
+
+def request_of(row: dict[str, Any]) -> RenderRequest:
+    """Return the request of a row as `write_run` takes it."""
+    known = {one.name: row[one.name] for one in fields(RenderRequest) if one.name in row}
+    return with_request_id(RenderRequest(**{**DEFAULTS, **known}))
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray], *, tone_hz: float | None = None) -> None:

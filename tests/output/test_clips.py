@@ -1,28 +1,45 @@
 """Whatever reads a run reads one of clips: the files of every format, whole or damaged."""
 
 import asyncio
+import hashlib
+import io
 import json
+import tarfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 from raydiff.config import OutputConfig
 from raydiff.engine.score_worker import ScoreBatch, ScoreSpec, ScoreWorker
+from raydiff.output.audio import sound_snr
+from raydiff.output.clip_files import sound_name
 from raydiff.output.diff import RunDiff
 from raydiff.output.gallery.build import Gallery
 from raydiff.output.ledger import Ledger, read_results
 from raydiff.output.lock import RunLock
+from raydiff.output.media_files import check_media
 from raydiff.output.pictures import make_picture
 from raydiff.output.recovery import BOOT_ID_FILE
+from raydiff.output.shards import ShardPublisher, ShardWriter
 from raydiff.output.sheet import Sheet
 from raydiff.output.sheet_grid import read_grid
+from raydiff.output.storage import open_storage
 from raydiff.output.verify import Verification
-from tests.clips import FRAME_RATE, NUM_FRAMES, SAMPLE_RATE, clip_pixels
-from tests.output.generated_runs import NO_COLUMNS, clip_rows, write_run
+from raydiff.output.video_info import read_video_info
+from raydiff.output.wav import read_wav
+from raydiff.request import RenderResult
+from tests.clips import FRAME_RATE, NUM_FRAMES, SAMPLE_RATE, clip_audio, clip_pixels
+from tests.output.generated_runs import NO_COLUMNS, clip_rows, request_of, write_run
+from tests.s3_server import FaultyS3
+
+# The webdataset library leaves the files that it reads to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mp4": {},
@@ -40,8 +57,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_run(folder / name, rows, **given) for name, given in SETTINGS.items()}
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    return read_results(out).to_pylist()
+def rows_of(out: Path | str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_results(out).to_pylist()
+    return rows
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -147,6 +165,80 @@ def test_an_index_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
     picture = make_picture(out, row, (24, 24), 1)
     assert (picture.problem, picture.image) == ("broken", None)
     assert "not an index of frames" in picture.message
+
+
+def test_clips_in_an_object_store_verify_and_are_shown(s3: FaultyS3) -> None:
+    uri = s3.new_uri()
+    s3.breaks = lambda method, path: method == "PUT" and "/videos/" in path
+    s3.faults = ["503", "reset_after"]
+    write_run(uri, clip_rows(range(2)), **SETTINGS["frames"])
+    assert not s3.faults
+    assert list(Verification(uri)) == []
+    first, second = rows_of(uri)
+    assert make_picture(uri, second, (24, 24), 2).image is not None
+    storage = open_storage(uri)
+    storage.delete([sound_name(first["file_name"])])
+    storage.put(f"videos/ab/{'ab' * 16}/00000.png", b"x")
+    kinds = [(one.kind, one.row_index) for one in Verification(uri)]
+    assert kinds == [("missing_file", 0), ("orphan", None)]
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+
+def test_shards_of_clips_load_with_webdataset(runs: dict[str, Path]) -> None:
+    rows = {row["request_id"]: row for row in rows_of(runs["shards"])}
+    url = str(runs["shards"] / "shards" / "000000.tar")
+    samples = list(webdataset.WebDataset(url, shardshuffle=False).decode())
+    assert {one["__key__"] for one in samples} == rows.keys()
+    for sample in samples:
+        row = rows[sample["__key__"]]
+        assert row["member"] == f"{sample['__key__']}.mp4"
+        assert hashlib.sha256(sample["mp4"]).hexdigest() == row["sha256"]
+        info = read_video_info(io.BytesIO(sample["mp4"]))
+        assert (info.num_frames, float(info.frame_rate)) == (NUM_FRAMES, FRAME_RATE)
+        assert sample["txt"] == sample["json"]["prompt"] == f"clip {row['seed']}"
+        assert sample["json"]["num_frames"] == NUM_FRAMES
+        is_silent = row["audio_sample_rate"] is None
+        assert ("wav" in sample) == (info.audio_codec is not None) == (not is_silent)
+        if not is_silent:
+            sound = read_wav(io.BytesIO(sample["wav"]))
+            assert sound_snr(clip_audio(), sound) > 70
+
+
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize("has_sound", [True, False])
+def test_whole_clips_of_a_killed_worker_are_kept(
+    strip: bool, has_sound: bool, tmp_path: Path
+) -> None:
+    """Cut at the end of any member, and within it: a sample is kept if nothing of it is missing."""
+    config = OutputConfig(format="webdataset", wav=has_sound, strip_metadata=strip)
+    writer = ShardWriter(tmp_path, config)
+    rows = clip_rows(range(3))[:2]
+    for row in rows:
+        request = request_of(row)
+        result = RenderResult(request_id=request.request_id, status="completed", nfe=7)
+        assert writer.write(request, row["pixels"], result, row["audio"]) == []
+    (tar,) = (tmp_path / "shards" / ".tmp").glob("*.tar")
+    data = tar.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data)) as members:
+        ends = [one.offset_data + -(-one.size // 512) * 512 for one in members]
+    num_members = 1 + has_sound + 2 * (not strip)
+    assert len(ends) == 2 * num_members
+    for number, end in enumerate(ends, start=1):
+        for cut, num_whole in (
+            (end, number // num_members),
+            (end - 1, (number - 1) // num_members),
+        ):
+            out = tmp_path / f"cut at {cut}"
+            (out / "shards" / ".tmp").mkdir(parents=True)
+            (out / "shards" / ".tmp" / tar.name).write_bytes(data[:cut])
+            adopted = ShardPublisher(out, config).adopt(lambda _: False)
+            assert len(adopted) == num_whole
+            for one in adopted.values():
+                check_media(out, asdict(one))
+                told = (None, None, None) if strip else (NUM_FRAMES / FRAME_RATE, SAMPLE_RATE, 7)
+                assert (one.duration_s, one.audio_sample_rate, one.nfe) == told
 
 
 @pytest.mark.parametrize("name", SETTINGS)
