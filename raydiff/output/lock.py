@@ -15,7 +15,6 @@ import re
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from raydiff.errors import EngineError, OutputError
@@ -73,12 +72,7 @@ class RunLock:
     def __enter__(self) -> Self:
         return self if self._is_taken else self.acquire()
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
