@@ -1,7 +1,8 @@
 """Every block of the README runs, in its order, in one folder.
 
-`sdxl`, `sd21` and `ltx2` are tiny pipelines in a Hub cache here. The two first commands make an environment
-before they start; only what comes after that is run (CI runs them whole, from a clean clone).
+`sdxl`, `sd21` and `ltx2` are tiny pipelines in a Hub cache here. The two first commands make an
+environment before they start; only what comes after that is run (CI runs them whole, from a clean
+clone).
 """
 
 import os
