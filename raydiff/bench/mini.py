@@ -116,7 +116,7 @@ def _request(pipeline: Pipeline, prompt: str, seed: int, chosen: dict[str, Any])
 
 def _batches(
     pipeline: Pipeline, requests: Sequence[RenderRequest], batch_size: int
-) -> Iterator[list[np.ndarray]]:
+) -> Iterator[Sequence[np.ndarray]]:
     for start in range(0, len(requests), batch_size):
         yield pipeline.render(requests[start : start + batch_size]).pixels
 

@@ -24,7 +24,7 @@ from raydiff.memory.residency import resting_device
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
-from raydiff.pipelines.base import Rendered
+from raydiff.output.rendered import Rendered
 from raydiff.pipelines.stable_diffusion import Components, StableDiffusionPipeline
 from raydiff.pipelines.stable_diffusion_load import FAMILIES, prepare
 from raydiff.request import ModelInfo, RenderRequest

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from raydiff.engine.messages import Role, TextKey
-from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload, RenderedBatch
+from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload
+from raydiff.output.rendered import Rendered
 from raydiff.request import RenderRequest
 
 EMBEDS_SHAPE = (77, 768)
@@ -28,7 +29,7 @@ class NullRenderer:
         """Any size fits; this one keeps a batch short."""
         return 16
 
-    def render(self, requests: Sequence[RenderRequest]) -> RenderedBatch:
+    def render(self, requests: Sequence[RenderRequest]) -> Rendered:
         """Return an image of (height, width) for each request."""
         elapsed_s = self._sleep(requests)
         return self._rendered(requests, elapsed_s)
@@ -39,7 +40,7 @@ class NullRenderer:
 
     def render_encoded(
         self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, Payload]
-    ) -> RenderedBatch:
+    ) -> Rendered:
         """As `render`."""
         return self.render(requests)
 
@@ -58,9 +59,7 @@ class NullRenderer:
             dtype="float32",
         )
 
-    def decode(
-        self, requests: Sequence[RenderRequest], latents: Sequence[Payload]
-    ) -> RenderedBatch:
+    def decode(self, requests: Sequence[RenderRequest], latents: Sequence[Payload]) -> Rendered:
         """Return the images that `render` returns."""
         return self._rendered(requests, 0.0)
 
@@ -72,10 +71,12 @@ class NullRenderer:
         time.sleep(elapsed_s)
         return elapsed_s
 
-    def _rendered(self, requests: Sequence[RenderRequest], denoise_s: float) -> RenderedBatch:
-        return RenderedBatch(
+    def _rendered(self, requests: Sequence[RenderRequest], denoise_s: float) -> Rendered:
+        return Rendered(
             pixels=[self._pixels(request) for request in requests],
+            audio=[None] * len(requests),
             warnings=[None] * len(requests),
+            errors=[None] * len(requests),
             encode_s=0.0,
             denoise_s=denoise_s,
             decode_s=0.0,

@@ -7,10 +7,8 @@ the engine only counts their bytes and carries them from one worker to another.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from raydiff.engine.messages import TextKey
-from raydiff.output.audio import Audio
+from raydiff.output.rendered import Rendered
 from raydiff.request import RenderRequest
 
 
@@ -20,24 +18,6 @@ class Payload(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in a store."""
-
-
-class RenderedBatch(NamedTuple):
-    """The images or clips of one batch and what they cost. Seconds are the whole batch's."""
-
-    pixels: Sequence[np.ndarray]
-    """uint8 (H, W, 3) per request, (F, H, W, 3) of a clip."""
-    warnings: Sequence[str | None]
-    encode_s: float
-    denoise_s: float
-    decode_s: float
-    peak_vram_bytes: int | None
-    profile: str
-    dtype: str
-    errors: Sequence[str | None] | None = None
-    """Why a request has no file; None where each has one."""
-    audio: Sequence[Audio | None] | None = None
-    """The sound of each clip."""
 
 
 class EncodedTexts(NamedTuple):
@@ -77,7 +57,7 @@ class Renderer(Protocol):
     def max_batch_size(self, request: RenderRequest) -> int:
         """Return how many requests of this one's model and size may share a batch."""
 
-    def render(self, requests: Sequence[RenderRequest]) -> RenderedBatch:
+    def render(self, requests: Sequence[RenderRequest]) -> Rendered:
         """Role `fused`: do all stages for requests of one model and size."""
 
     def encode(self, texts: Sequence[TextKey]) -> EncodedTexts:
@@ -85,7 +65,7 @@ class Renderer(Protocol):
 
     def render_encoded(
         self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, Payload]
-    ) -> RenderedBatch:
+    ) -> Rendered:
         """Role `denoise_decode`: render with the embeddings of the requests' texts."""
 
     def denoise(
@@ -93,9 +73,7 @@ class Renderer(Protocol):
     ) -> DenoisedBatch:
         """Role `denoise`: make latents of the embeddings of the requests' texts."""
 
-    def decode(
-        self, requests: Sequence[RenderRequest], latents: Sequence[Payload]
-    ) -> RenderedBatch:
+    def decode(self, requests: Sequence[RenderRequest], latents: Sequence[Payload]) -> Rendered:
         """Role `decode`: make pixels of each request's latents."""
 
     def step_down(self) -> str | None:

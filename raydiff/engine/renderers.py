@@ -10,10 +10,11 @@ import torch
 
 from raydiff.config import LTX2Config, MemoryConfig, ModelConfig, ProfileName
 from raydiff.engine.messages import Role, TextKey
-from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload, RenderedBatch
+from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload
 from raydiff.errors import EngineError, ModelError, OutOfMemoryError
 from raydiff.memory.profiles import poorer_profile
-from raydiff.pipelines.base import Pipeline, Rendered
+from raydiff.output.rendered import Rendered
+from raydiff.pipelines.base import Pipeline
 from raydiff.pipelines.embeds_store import EmbedsStore
 from raydiff.pipelines.load import load_pipeline
 from raydiff.pipelines.prompt_cache import EncodedPrompt
@@ -78,11 +79,11 @@ class PipelineRenderer:
         pipeline = self._resident(request.model, request.model_revision)
         return pipeline.max_batch_size(batch_key(request))
 
-    def render(self, requests: Sequence[RenderRequest]) -> RenderedBatch:
+    def render(self, requests: Sequence[RenderRequest]) -> Rendered:
         """Encode, denoise and decode."""
         pipeline = self._of(requests)
         with _device_errors():
-            return _rendered(pipeline.render(requests), pipeline)
+            return pipeline.render(requests)
 
     def encode(self, texts: Sequence[TextKey]) -> EncodedTexts:
         """Encode texts into host memory, or read what an earlier run has kept of them."""
@@ -105,11 +106,11 @@ class PipelineRenderer:
 
     def render_encoded(
         self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, EncodedPrompt]
-    ) -> RenderedBatch:
+    ) -> Rendered:
         """Denoise and decode."""
         pipeline = self._of(requests)
         with _device_errors():
-            return _rendered(pipeline.render(requests, _by_text(embeds)), pipeline)
+            return pipeline.render(requests, _by_text(embeds))
 
     def denoise(
         self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, EncodedPrompt]
@@ -133,25 +134,12 @@ class PipelineRenderer:
             dtype=pipeline.dtype_name,
         )
 
-    def decode(
-        self, requests: Sequence[RenderRequest], latents: Sequence[Payload]
-    ) -> RenderedBatch:
+    def decode(self, requests: Sequence[RenderRequest], latents: Sequence[Payload]) -> Rendered:
         """Decode each request's latents."""
         pipeline = self._of(requests)
         with _device_errors(), pipeline.measured(requests) as costs, costs.timed("decode"):
             decoded = pipeline.decode_rows(latents)
-        return RenderedBatch(
-            pixels=list(decoded.pixels),
-            audio=decoded.audio,
-            warnings=decoded.warnings,
-            errors=decoded.errors,
-            encode_s=0.0,
-            denoise_s=0.0,
-            decode_s=costs.seconds["decode"],
-            peak_vram_bytes=costs.peak_vram_bytes,
-            profile=pipeline.profile.name,
-            dtype=pipeline.dtype_name,
-        )
+        return pipeline.rendered(decoded, decoded.warnings, costs)
 
     def step_down(self) -> str | None:
         """Let the next poorer profile be loaded, or again the one that was asked for."""
@@ -261,18 +249,3 @@ def _device_errors() -> Iterator[None]:
 def _by_text(embeds: Mapping[TextKey, EncodedPrompt]) -> dict[str, EncodedPrompt]:
     """A batch is of one model, so that its texts alone tell them apart."""
     return {key.text: encoded for key, encoded in embeds.items()}
-
-
-def _rendered(rendered: Rendered, pipeline: Pipeline) -> RenderedBatch:
-    return RenderedBatch(
-        pixels=rendered.pixels,
-        audio=rendered.audio,
-        warnings=rendered.warnings,
-        errors=rendered.errors,
-        encode_s=rendered.encode_s,
-        denoise_s=rendered.denoise_s,
-        decode_s=rendered.decode_s,
-        peak_vram_bytes=rendered.peak_vram_bytes,
-        profile=pipeline.profile.name,
-        dtype=pipeline.dtype_name,
-    )

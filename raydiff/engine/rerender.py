@@ -112,13 +112,12 @@ class Rerenderer:
         if row["num_threads"] is not None:
             torch.set_num_threads(row["num_threads"])
         batch = renderer.render([asked] * (row["batch_size"] or 1))
-        if batch.errors is not None and batch.errors[0] is not None:
+        if batch.errors[0] is not None:
             raise RowError(f"row {row['row_index']}: {batch.errors[0]}")
-        audio = None if batch.audio is None else batch.audio[0]
         with tempfile.TemporaryDirectory(prefix="raydiff-") as folder:
             # A file says which version wrote it.
             writer = Writer(folder, self._config.output, version=row["raydiff_version"])
-            made = writer.save(request, batch.pixels[0], audio)
+            made = writer.save(request, batch.pixels[0], batch.audio[0])
             after = Path(folder), {"file_name": made.file_name, "size_bytes": made.size_bytes}
             similarity, psnr = None, math.inf
             if made.sha256 != row["sha256"]:

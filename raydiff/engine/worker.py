@@ -31,10 +31,11 @@ from raydiff.engine.messages import (
     WorkerHealth,
     WorkerInfo,
 )
-from raydiff.engine.renderer import DenoisedBatch, Payload, RenderedBatch, Renderer
+from raydiff.engine.renderer import DenoisedBatch, Payload, Renderer
 from raydiff.errors import DiskError, EngineError, OutOfMemoryError, RaydiffError
 from raydiff.memory.gpus import gpu_usage
 from raydiff.output.audio import Audio
+from raydiff.output.rendered import Rendered
 from raydiff.output.writer import Writer
 from raydiff.request import (
     BatchKey,
@@ -327,7 +328,7 @@ class Worker:
     async def _write_passes(
         self,
         batch: RenderBatch,
-        run: Callable[[Sequence[RenderRequest]], RenderedBatch],
+        run: Callable[[Sequence[RenderRequest]], Rendered],
         denoised: DenoiseReply | None = None,
     ) -> BatchReply:
         """Render a batch, then wait until its files are written."""
@@ -366,7 +367,7 @@ class Worker:
     def _start_writes(
         self,
         requests: Sequence[RenderRequest],
-        rendered: RenderedBatch,
+        rendered: Rendered,
         denoised: DenoiseReply | None,
     ) -> Iterator["Future[list[RenderResult]]"]:
         """Share a pass's files out over the write threads."""
@@ -378,22 +379,23 @@ class Worker:
     def _write_rows(
         self,
         requests: Sequence[RenderRequest],
-        rendered: RenderedBatch,
+        rendered: Rendered,
         denoised: DenoiseReply | None,
         rows: range,
     ) -> list[RenderResult]:
         results: list[RenderResult] = []
         for row in rows:
             request = requests[row]
-            error = rendered.errors[row] if rendered.errors is not None else None
+            error = rendered.errors[row]
             if error is not None:
                 results.append(self._failed(request, error))
                 continue
             result = self._completed(requests, rendered, row)
             if denoised is not None:
                 result = _with_denoising(result, denoised)
-            audio = rendered.audio[row] if rendered.audio is not None else None
-            written = attempt(self._sink.write, request, rendered.pixels[row], result, audio)
+            written = attempt(
+                self._sink.write, request, rendered.pixels[row], result, rendered.audio[row]
+            )
             if isinstance(written, Failure):
                 results.append(self._failed(request, written.message))
             else:
@@ -401,7 +403,7 @@ class Worker:
         return results
 
     def _completed(
-        self, requests: Sequence[RenderRequest], rendered: RenderedBatch, row: int
+        self, requests: Sequence[RenderRequest], rendered: Rendered, row: int
     ) -> RenderResult:
         """Return the result of one row, but for what is known once its file is written."""
         request = requests[row]

@@ -6,7 +6,6 @@ requests -> encode: embeddings -> denoise: latents -> decode: pixels, and sound
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from raydiff.errors import OutOfMemoryError
 from raydiff.memory.profiles import Profile
 from raydiff.output.audio import Audio
+from raydiff.output.rendered import Rendered
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import BatchKey, ModelInfo, RenderRequest
 from raydiff.weights.components import STAGES, Stage
@@ -53,25 +53,6 @@ class Decoded(NamedTuple):
     errors: Sequence[str | None]
     audio: Sequence[Audio | None] | None = None
     """By row; None for images."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rendered:
-    """The images or clips of one batch, and what they cost. Seconds are the whole batch's."""
-
-    pixels: list[np.ndarray]
-    """uint8 (H, W, 3) per request, (F, H, W, 3) of a clip; black, or without frames, where there is
-    an error."""
-    audio: list[Audio | None]
-    """A clip's sound, which may be a few milliseconds longer or shorter than its frames."""
-    warnings: tuple[str | None, ...]
-    errors: tuple[str | None, ...]
-    """Why a request has no file: NaN in its latents or its pixels. None where it has one."""
-    encode_s: float
-    denoise_s: float
-    decode_s: float
-    peak_vram_bytes: int | None
-    """Most bytes that torch's allocator held during the batch; None without a GPU."""
 
 
 class Costs:
@@ -168,15 +149,22 @@ class Pipeline(ABC):
                 denoised = self.denoise_rows(requests, embeds)
             with costs.timed("decode"):
                 decoded = self._decode_good(requests, denoised)
+        return self.rendered(decoded, [*map(joined, embeds.warnings, decoded.warnings)], costs)
+
+    def rendered(self, decoded: Decoded, warnings: Sequence[str | None], costs: Costs) -> Rendered:
+        """Return the decoded rows of a batch with what is to be said of them, and their costs."""
+        pixels = list(decoded.pixels)
         return Rendered(
-            pixels=list(decoded.pixels),
-            audio=list(decoded.audio or [None] * len(requests)),
-            warnings=tuple(map(joined, embeds.warnings, decoded.warnings)),
+            pixels=pixels,
+            audio=decoded.audio or [None] * len(pixels),
+            warnings=tuple(warnings),
             errors=tuple(decoded.errors),
             encode_s=costs.seconds["encode"],
             denoise_s=costs.seconds["denoise"],
             decode_s=costs.seconds["decode"],
             peak_vram_bytes=costs.peak_vram_bytes,
+            profile=self.profile.name,
+            dtype=self.dtype_name,
         )
 
     @contextmanager

@@ -5,13 +5,15 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from raydiff.engine.messages import Role, TextKey, texts_of
-from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload, RenderedBatch
+from raydiff.engine.renderer import DenoisedBatch, EncodedTexts, Payload
 from raydiff.errors import EngineError, OutOfMemoryError, RowError
+from raydiff.output.rendered import Rendered
 from raydiff.request import RenderRequest
 from tests.clips import clip_audio
 
@@ -52,9 +54,9 @@ class FaultyRenderer:
     def max_batch_size(self, request: RenderRequest) -> int:
         return 8
 
-    def render(self, requests: Sequence[RenderRequest]) -> RenderedBatch:
+    def render(self, requests: Sequence[RenderRequest]) -> Rendered:
         errors, denoise_s = self._denoise(requests)
-        return self._decoded(requests, errors, denoise_s)._replace(warnings=_warnings(requests))
+        return replace(self._decoded(requests, errors, denoise_s), warnings=_warnings(requests))
 
     def encode(self, texts: Sequence[TextKey]) -> EncodedTexts:
         for key in texts:
@@ -65,7 +67,7 @@ class FaultyRenderer:
 
     def render_encoded(
         self, requests: Sequence[RenderRequest], embeds: Mapping[TextKey, Payload]
-    ) -> RenderedBatch:
+    ) -> Rendered:
         _check_embeds(requests, embeds)
         return self.render(requests)
 
@@ -85,9 +87,7 @@ class FaultyRenderer:
             dtype="float32",
         )
 
-    def decode(
-        self, requests: Sequence[RenderRequest], latents: Sequence[Payload]
-    ) -> RenderedBatch:
+    def decode(self, requests: Sequence[RenderRequest], latents: Sequence[Payload]) -> Rendered:
         for request, one in zip(requests, latents, strict=True):
             if not isinstance(one, np.ndarray) or one[0, 0, 0] != request.seed:
                 raise ValueError(f"{request.request_id}: the latents are another row's")
@@ -115,9 +115,9 @@ class FaultyRenderer:
 
     def _decoded(
         self, requests: Sequence[RenderRequest], errors: Sequence[str | None], denoise_s: float
-    ) -> RenderedBatch:
+    ) -> Rendered:
         black = ["VAE overflow" if "black" in request.prompt else None for request in requests]
-        return RenderedBatch(
+        return Rendered(
             pixels=[self._pixels(request) for request in requests],
             warnings=[None] * len(requests),
             encode_s=0.0,
