@@ -41,13 +41,19 @@ def request_id(number: int) -> str:
     return f"{number * 0x9E3779B97F4A7C15F39CC0605CEDC835 % 2**128:032x}"
 
 
-def write_run(out: Path, columns: Mapping[str, Sequence[Any]], *, sequence: int = 1) -> Path:
+def write_run(
+    out: Path,
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    sequence: int = 1,
+    config: RunConfig | None = None,
+) -> Path:
     """Write a run whose rows have `columns`, the rest being DEFAULTS; or add rows to it."""
     num_rows = len(columns["row_index"])
     if sequence == 1:
         start_run(
             out,
-            config=RunConfig(),
+            config=config or RunConfig(),
             manifest_uri="prompts.parquet",
             manifest_fingerprint="ab" * 16,
             num_rows=num_rows,
@@ -70,7 +76,13 @@ def write_run(out: Path, columns: Mapping[str, Sequence[Any]], *, sequence: int 
     return out
 
 
-def write_rows(out: Path, rows: Sequence[Mapping[str, Any]], *, sequence: int = 1) -> Path:
+def write_rows(
+    out: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    sequence: int = 1,
+    config: RunConfig | None = None,
+) -> Path:
     """Like write_run, with rows as dictionaries; row_index counts up unless it is given."""
     names = dict.fromkeys(
         ["row_index", "request_id", "file_name", *(name for row in rows for name in row)]
@@ -85,7 +97,7 @@ def write_rows(out: Path, rows: Sequence[Mapping[str, Any]], *, sequence: int = 
         ]
         for name in names
     }
-    return write_run(out, columns, sequence=sequence)
+    return write_run(out, columns, sequence=sequence, config=config)
 
 
 def put(out: Path, file_name: str, data: bytes) -> None:

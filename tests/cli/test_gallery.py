@@ -23,6 +23,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from raydiff.cli.options import run_config
 from raydiff.cli.render import render
+from raydiff.config import load_config
 from raydiff.engine.known_models import known_models
 from raydiff.engine.plan import open_rows
 from raydiff.manifest.rows import read_rows
@@ -600,6 +601,48 @@ def test_what_is_copied_asks_for_the_same_image_again(
         assert [one.request_id for one in again] == [request.request_id]
         page.keyboard.press("Escape")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_clip_shows_a_frame_and_is_asked_for_again(
+    open_page: Callable[..., Page], tiny_ltx2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of frames, made with settings that are no column of its row."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"ltx2.mode": "distilled", "ltx2.text_encoder": "random", "output.video": "frames"}
+    given = [f"--set={key}={value}" for key, value in settings.items()]
+    wanted = ["--set=defaults.num_frames=17", "--set=defaults.stg_blocks=[0,1]"]
+    arguments = ["--prompt=a fox", "--model", str(tiny_ltx2), *given]
+    (request,) = requests_of([*arguments, *wanted])
+    assert request.video is not None
+    folder = f"videos/{request.request_id[:2]}/{request.request_id}"
+    index = json.dumps({"num_frames": 1, "frame_rate": "24", "files": [
+        {"name": "00000.png", "size_bytes": 1, "sha256": "ab"},
+    ]}).encode()  # fmt: skip
+    row = {**asdict(request), **asdict(request.video), "size_bytes": len(index)}
+    del row["video"]
+    config = load_config(None, settings)
+    rows = [{**row, "file_name": f"{folder}/frames.json"}]
+    out = write_rows(tmp_path / "out", rows, config=config)
+    put(out, f"{folder}/frames.json", index)
+    put(out, f"{folder}/00000.png", image_bytes(picture(1)))
+    Gallery(out).refresh()
+
+    page = open_page(page_of(out))
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    until(page, "document.querySelector('.cell img')?.naturalWidth === 64")
+    page.click(".cell")
+    until(page, "document.querySelector('#viewer .media')?.naturalWidth === 64")
+    assert page.locator("#viewer .media").get_attribute("src").endswith("/00000.png")
+    page.click('[data-copy="row"]')
+    expect(page.locator("#toast")).to_have_text("Manifest row copied")
+    copied = json.loads(page.evaluate("navigator.clipboard.readText()"))
+    pq.write_table(pa.Table.from_pylist([copied]), "again.parquet")
+    assert requests_of(["again.parquet", "--model", str(tiny_ltx2), *given]) == [request]
+    page.click('[data-copy="command"]')
+    expect(page.locator("#toast")).to_have_text("Command copied")
+    command = what_bash_runs(page.evaluate("navigator.clipboard.readText()"), tmp_path)
+    assert requests_of(command[1:]) == [request]
+    assert "output.video=frames" in " ".join(command).replace('"', "")
 
 
 def requests_of(arguments: list[str]) -> list[RenderRequest]:
