@@ -25,6 +25,10 @@ from raydiff.models.ltx2.transformer_block import (
 )
 from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
 
+MAX_COMPILED = 64
+"""Variants of a block that are compiled (sizes, with and without guidance's passes); those of a run
+are fewer, and past this number further ones would run uncompiled."""
+
 
 class LTX2Context(NamedTuple):
     """What a batch's rows bring to every step: computed once, indexed as rows come and go."""
@@ -278,6 +282,7 @@ class LTX2Transformer(nn.Module):
 
         A batch of another size is compiled anew, then for any size.
         """
+        torch._dynamo.config.recompile_limit = MAX_COMPILED
         for block in self.transformer_blocks:
             block.compile()
 
