@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import av
 import pytest
 
 from raydiff.config import RunConfig
@@ -65,3 +66,17 @@ def test_nothing_is_written_where_nothing_can_be_rendered(tmp_path: Path, tiny_s
     assert not out.exists()
     with pytest.raises(OutputError, match="does not exist"):
         render(out=out / "deeper", config=prompts, model=str(tiny_sd21))
+
+
+def test_an_encoder_that_is_missing_ends_a_run_of_clips_before_it_begins(
+    tmp_path: Path, tiny_sd21: Path, tiny_ltx2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx265"})
+    values = {"prompts": ("a cat",), "output": {"codec": "hevc"}, "limit": 1}
+    clips = config(**values, ltx2={"text_encoder": "random"})
+    with pytest.raises(ConfigError, match=r"output\.codec is hevc; .* no encoder libx265"):
+        render(out=tmp_path / "out", config=clips, model=str(tiny_ltx2))
+    assert not (tmp_path / "out").exists()
+    # A run of images asks for no encoder: it gets as far as its folder.
+    with pytest.raises(OutputError, match="does not exist"):
+        render(out=tmp_path / "a" / "b", config=config(**values), model=str(tiny_sd21))

@@ -71,6 +71,13 @@ REFUSED = [
         {"config": config_with(output__strip_metadata=True)},
         "output.strip_metadata was False, now is True",
     ),
+    ({"config": config_with(output__video="webm")}, "output.video was mp4, now is webm"),
+    ({"config": config_with(output__crf=30)}, "output.crf was None, now is 30"),
+    ({"config": config_with(output__wav=True)}, "output.wav was False, now is True"),
+    (
+        {"config": config_with(ltx2__mode="distilled")},
+        "ltx2.mode was one_stage, now is distilled",
+    ),
     ({"models": {"sdxl": "999999"}}, "revision of model sdxl was 0f1e2d, now is 999999"),
     (
         {"manifest_fingerprint": "cd" * 16, "manifest_uri": "b.parquet", "num_rows": 2_000},
@@ -92,11 +99,13 @@ def test_another_run_is_refused_with_old_and_new_value(changes, difference, begi
     assert begin().is_resumed  # The refused one let go of the lock.
 
 
-def test_a_run_from_before_there_were_shards_goes_on(begin, tmp_path):
+def test_a_run_from_before_there_were_shards_or_clips_goes_on(begin, tmp_path):
     begin().close()
     path = tmp_path / "out" / "run.json"
     values = json.loads(path.read_text())
-    del values["config"]["output"]["format"]
+    del values["config"]["ltx2"]
+    for key in ("format", "video", "codec", "crf", "preset", "wav", "video_threads"):
+        del values["config"]["output"][key]
     path.write_text(json.dumps(values))
     assert begin().is_resumed
 
