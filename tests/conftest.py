@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from tests.s3_server import FaultyS3
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# Workers that a run starts take all cores. Their threads are not to spin while they wait for one
+# another: beside other tests a render took ten times as long.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 

@@ -1,9 +1,6 @@
 """A pipeline folder saved by diffusers, rendered through the CLI, equals diffusers' own images."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,23 +12,11 @@ import pytest
 from PIL import Image
 
 import raydiff
+from tests.cli.command import cli
 from tests.parity.reference import SCHEDULERS, load_reference, render_reference, save_reference
 
 PROMPT = "a corgi, 3 red cubes & a café at dusk"
 NEGATIVES: tuple[str | None, ...] = (None, "", "blurry, low quality")
-
-
-def raydiff_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the CLI as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "raydiff", *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 def manifest_rows(init_image: str) -> list[dict[str, Any]]:
@@ -69,10 +54,9 @@ def test_cli_images_equal_diffusers(kind: str, tmp_path: Path) -> None:
     rows = manifest_rows("init.png")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "manifest.parquet")
 
-    run = raydiff_command(
+    run = cli(
         "render", "manifest.parquet", "--model", "model", "--out", "out", "--json", cwd=tmp_path
     )
-    assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1])["completed"] == len(rows)
 
     results = raydiff.read_results(tmp_path / "out").to_pylist()
