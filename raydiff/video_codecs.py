@@ -62,6 +62,8 @@ CODECS: dict[CodecName, Codec] = {
 }
 DEFAULT_CODECS: dict[VideoFormat, CodecName] = {"mp4": "h264", "webm": "vp9"}
 SOUND_ENCODERS: dict[VideoFormat, str] = {"mp4": "aac", "webm": "libopus"}
+MAX_GIF_RATE = 50
+"""A GIF counts in hundredths of a second, and players show a delay of one as ten."""
 
 
 def codec_problem(
@@ -91,3 +93,13 @@ def codec_problem(
             f'preset is "{preset}"; {chosen} takes, from fast to slow, {", ".join(known.presets)}.'
         )
     return None
+
+
+def rate_problem(video: VideoFormat, frame_rate: float) -> str | None:
+    """Return why a format cannot show so many frames a second, if so."""
+    if video != "gif" or frame_rate <= MAX_GIF_RATE:
+        return None
+    return (
+        f"is {frame_rate:g}; a GIF shows at most {MAX_GIF_RATE} frames a second. "
+        f"Use {MAX_GIF_RATE} or less, or output.video mp4."
+    )

@@ -17,6 +17,7 @@ from raydiff.manifest.video_rules import (
     video_size_multiple,
 )
 from raydiff.request import ModelInfo
+from raydiff.video_codecs import VideoFormat, rate_problem
 from raydiff.video_settings import VideoSettings
 
 Values = Mapping[str, Any]
@@ -36,6 +37,8 @@ class Target:
     title: str
     size_multiple: int
     defaults: dict[str, Any]
+    video_format: VideoFormat
+    """Of the files that clips become."""
 
     def problems(self, values: Values) -> Iterator[str]:
         """Yield what is wrong with a row's values, each of which keeps its column's rule; and with
@@ -52,6 +55,9 @@ class Target:
             yield from _strength_problems(merged, values)
         else:
             yield from video_problems(merged, self.info, values)
+            problem = rate_problem(self.video_format, merged["frame_rate"])
+            if problem is not None:
+                yield f"{subject('frame_rate', values)} {problem}"
 
     def run_problems(self, run: Values) -> Iterator[str]:
         """Yield what is wrong with the run's defaults where every row is of this model."""
@@ -123,6 +129,7 @@ def make_target(info: ModelInfo, config: RunConfig, run: Values) -> Target:
         title=FAMILY_TITLES.get(info.family, info.family),
         size_multiple=size_multiple,
         defaults=of_model | of_run,
+        video_format=config.output.video,
     )
 
 

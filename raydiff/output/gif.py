@@ -17,8 +17,6 @@ from PIL import Image
 from raydiff.output.clip import Clip, Frame
 from raydiff.output.media import metadata_json
 
-MAX_FRAME_RATE = 50
-"""A GIF counts in hundredths of a second, and players show a delay of one as ten."""
 PALETTE_PIXELS = 24_576
 HEADER_BYTES = 13
 HAS_PALETTE = 0x80

@@ -20,7 +20,7 @@ from raydiff.output.audio import fit_audio
 from raydiff.output.clip import Clip, Frame, iterate_frames
 from raydiff.output.encoders import check_encoders
 from raydiff.output.frame_folder import write_frames
-from raydiff.output.gif import MAX_FRAME_RATE, encode_gif
+from raydiff.output.gif import encode_gif
 from raydiff.output.media_files import FRAMES_INDEX
 from raydiff.output.media_store import (
     VIDEOS_DIR,
@@ -32,6 +32,7 @@ from raydiff.output.media_store import (
 from raydiff.output.storage import Storage
 from raydiff.output.video_encoder import encode_video
 from raydiff.output.wav import encode_wav
+from raydiff.video_codecs import rate_problem
 
 T = TypeVar("T")
 
@@ -134,11 +135,9 @@ def check_clip(clip: Clip, config: OutputConfig) -> None:
                     f"{name} is {value}; a video in yuv420p needs an even one. "
                     f"Use {value - 1} or {value + 1}, or output.video gif or frames."
                 )
-    if config.video == "gif" and clip.frame_rate > MAX_FRAME_RATE:
-        raise RowError(
-            f"frame_rate is {float(clip.frame_rate):g}; a GIF shows at most {MAX_FRAME_RATE} "
-            f"frames a second. Use {MAX_FRAME_RATE} or less, or output.video mp4."
-        )
+    problem = rate_problem(config.video, float(clip.frame_rate))
+    if problem is not None:
+        raise RowError(f"frame_rate {problem}")
     if clip.audio is not None and not np.isfinite(clip.audio.samples).all():
         raise RowError("the sound holds values that are not finite; it cannot be written.")
 

@@ -228,6 +228,19 @@ def test_a_clip_that_cannot_be_made_names_the_nearest_that_can(
     request_of(good)
 
 
+def test_a_rate_that_the_run_s_format_cannot_show_is_the_row_s_error(rows: Rows) -> None:
+    columns = {"prompt": ["a", "b"], "frame_rate": [60.0, 50.0]}
+    fast, fine = rows(columns, output__video="gif")
+    assert fast.error == (
+        "row 0: frame_rate is 60; a GIF shows at most 50 frames a second. Use 50 or less, or "
+        "output.video mp4."
+    )
+    assert fine.error is None
+    assert [row.error for row in rows(columns)] == [None, None]
+    with pytest.raises(ConfigError, match=r"defaults\.frame_rate is 60; a GIF shows"):
+        rows({"prompt": ["a"]}, output__video="gif", defaults__frame_rate=60)
+
+
 def test_without_guidance_no_blocks_are_needed(rows: Rows) -> None:
     nothing = {"stg_scale": [0.0], "audio_stg_scale": [0.0]}
     assert video_of(rows({"prompt": ["a"], "stg_blocks": [[]], **nothing})[0]).stg_blocks == ()
