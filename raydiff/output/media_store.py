@@ -134,11 +134,6 @@ def media_path(media_dir: str, request_id: str) -> str:
     return f"{media_dir}/{request_id[:2]}/{request_id}"
 
 
-def wav_name(request_id: str) -> str:
-    """Return `videos/ab/<request_id>.wav`, the sound beside a clip."""
-    return f"{media_path(VIDEOS_DIR, request_id)}.wav"
-
-
 def remove_stale_files(out_dir: str | Path) -> int:
     """Remove what dead writers left under images/.tmp and videos/.tmp; return how many files."""
     folders = (Path(out_dir) / name / ".tmp" for name in (IMAGES_DIR, VIDEOS_DIR))

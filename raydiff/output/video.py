@@ -18,6 +18,7 @@ from raydiff.errors import RowError
 from raydiff.output.atomic import REMEDIES, disk_error
 from raydiff.output.audio import fit_audio
 from raydiff.output.clip import Clip, Frame, iterate_frames
+from raydiff.output.clip_files import sound_name
 from raydiff.output.encoders import check_encoders
 from raydiff.output.frame_folder import write_frames
 from raydiff.output.gif import encode_gif
@@ -27,7 +28,6 @@ from raydiff.output.media_store import (
     MediaStore,
     WrittenFile,
     media_path,
-    wav_name,
 )
 from raydiff.output.storage import Storage
 from raydiff.output.video_encoder import encode_video
@@ -86,7 +86,8 @@ class VideoWriter:
     def _save_wav(self, clip: Clip) -> None:
         data = encode_sound(clip, self._config)
         if data is not None:
-            self._store.put(wav_name(clip.request_id), clip.request_id, data)
+            name = sound_name(video_name(clip.request_id, self._config))
+            self._store.put(name, clip.request_id, data)
 
 
 def encode_clip(clip: Clip, chunks: Iterable[NDArray[np.uint8]], config: OutputConfig) -> bytes:
