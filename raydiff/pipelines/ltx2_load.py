@@ -10,17 +10,21 @@ from raydiff.gemma_tokenizer import MAX_LENGTH, GemmaTokenizer
 from raydiff.memory.profiles import Profile
 from raydiff.models.fp8_linear import use_fp8_linears
 from raydiff.models.gemma3 import Gemma3Config, Gemma3TextEncoder
-from raydiff.models.ltx2.audio_vae import AudioVAE, AudioVAEConfig
-from raydiff.models.ltx2.connectors import LTX2Connectors, LTX2ConnectorsConfig
+from raydiff.models.ltx2.audio_vae import AudioVAEConfig
+from raydiff.models.ltx2.connectors import LTX2ConnectorsConfig
 from raydiff.models.ltx2.transformer import LTX2Transformer
-from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
-from raydiff.models.ltx2.upsampler import LTX2Upsampler, LTX2UpsamplerConfig
-from raydiff.models.ltx2.video_vae import LTX2VideoVAE
-from raydiff.models.ltx2.video_vae_config import LTX2VideoVAEConfig
 from raydiff.models.ltx2.vocoder import build_vocoder
 from raydiff.pipelines.loading import Loading, check_tokenizer, is_on_gpu
 from raydiff.pipelines.ltx2 import LTX2Pipeline
 from raydiff.pipelines.ltx2_components import LTX2Components
+from raydiff.pipelines.ltx2_modules import (
+    build_audio_vae,
+    build_connectors,
+    build_text_encoder,
+    build_transformer,
+    build_upsampler,
+    build_vae,
+)
 from raydiff.pipelines.text_backends import FeatureSpec, TextBackend, text_backend
 from raydiff.weights.fp8 import fp8_layers
 
@@ -37,12 +41,12 @@ def load_ltx2(loading: Loading) -> LTX2Pipeline:
     components = LTX2Components(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        connectors=loading.load("connectors", lambda _: LTX2Connectors(connectors_config)),
+        connectors=loading.load("connectors", build_connectors),
         transformer=_transformer(loading, "transformer"),
         refine_transformer=_transformer(loading, "refine_transformer"),
-        vae=loading.load("vae", _vae, dtype=vae_dtype),
-        latent_upsampler=loading.load("latent_upsampler", _upsampler, dtype=vae_dtype),
-        audio_vae=loading.load("audio_vae", _audio_vae, dtype=vae_dtype),
+        vae=loading.load("vae", build_vae, dtype=vae_dtype),
+        latent_upsampler=loading.load("latent_upsampler", build_upsampler, dtype=vae_dtype),
+        audio_vae=loading.load("audio_vae", build_audio_vae, dtype=vae_dtype),
         # In bfloat16 its sound is audibly worse.
         vocoder=loading.load("vocoder", build_vocoder, dtype=torch.float32),
         audio_config=AudioVAEConfig.from_dict(checkpoint.config("audio_vae")),
@@ -98,7 +102,7 @@ def _text_encoder(loading: Loading, connectors: LTX2ConnectorsConfig) -> Gemma3T
                 f"{loading.checkpoint.path}: its text_encoder has {has} {what}, its connectors "
                 f"take {takes}. Put the Gemma 3 there that LTX-2 was trained with: 12B."
             )
-    return loading.load("text_encoder", lambda _: Gemma3TextEncoder(config))
+    return loading.load("text_encoder", build_text_encoder)
 
 
 def _tokenizer(loading: Loading, encoder: Gemma3TextEncoder) -> GemmaTokenizer:
@@ -133,20 +137,8 @@ def _texts(
 
 def _transformer(loading: Loading, component: str) -> LTX2Transformer | None:
     def build(config: dict[str, Any]) -> LTX2Transformer:
-        transformer = LTX2Transformer(LTX2TransformerConfig.from_dict(config))
+        transformer = build_transformer(config)
         use_fp8_linears(transformer, fp8_layers(loading.checkpoint.tensors(component)))
         return transformer
 
     return loading.load(component, build)
-
-
-def _vae(config: dict[str, Any]) -> LTX2VideoVAE:
-    return LTX2VideoVAE(LTX2VideoVAEConfig.from_dict(config))
-
-
-def _upsampler(config: dict[str, Any]) -> LTX2Upsampler:
-    return LTX2Upsampler(LTX2UpsamplerConfig.from_dict(config))
-
-
-def _audio_vae(config: dict[str, Any]) -> AudioVAE:
-    return AudioVAE(AudioVAEConfig.from_dict(config))

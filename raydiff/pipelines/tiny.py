@@ -15,8 +15,9 @@ from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
 from raydiff.pipelines.save import save_component, save_index
-from raydiff.pipelines.tiny_ltx2 import LTX2Version, write_tiny_ltx2
+from raydiff.pipelines.tiny_ltx2 import write_tiny_ltx2
 from raydiff.tokenizer import write_tiny_tokenizer
+from raydiff.weights.published_ltx2 import LTX2Version
 
 TinyFamily = Literal["sd21", "sdxl", "ltx2", "ltx2.3"]
 ImageFamily = Literal["sd21", "sdxl"]

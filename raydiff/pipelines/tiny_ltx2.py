@@ -2,41 +2,21 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raydiff.gemma_tokenizer import write_tiny_gemma_tokenizer
-from raydiff.models.gemma3 import Gemma3Config, Gemma3TextEncoder
-from raydiff.models.ltx2.audio_vae import AudioVAE, AudioVAEConfig
-from raydiff.models.ltx2.connectors import LTX2Connectors, LTX2ConnectorsConfig
-from raydiff.models.ltx2.transformer import LTX2Transformer
-from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
-from raydiff.models.ltx2.upsampler import LTX2Upsampler, LTX2UpsamplerConfig
-from raydiff.models.ltx2.video_vae import LTX2VideoVAE
-from raydiff.models.ltx2.video_vae_config import LTX2VideoVAEConfig
-from raydiff.models.ltx2.vocoder import build_vocoder
+from raydiff.pipelines.ltx2_modules import BUILDERS
 from raydiff.pipelines.save import save_component, write_index
-
-LTX2Version = Literal["2.0", "2.3"]
+from raydiff.weights.published_ltx2 import SCHEDULER, LTX2Version
 
 MAX_TOKENS = 128
 """Of a text; published tokenizers have 1024."""
 
 LANGUAGE_MODEL = "language_model.model."
 """Before the names of Gemma's weights, whose image half LTX-2 has no use for."""
-
-SCHEDULER: dict[str, Any] = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "use_dynamic_shifting": True,
-    "base_shift": 0.95,
-    "max_shift": 2.05,
-    "base_image_seq_len": 1024,
-    "max_image_seq_len": 4096,
-    "shift_terminal": 0.1,
-}
-"""Of the published checkpoints."""
 
 GEMMA: dict[str, Any] = {
     "hidden_size": 24,
@@ -212,18 +192,8 @@ def write_tiny_ltx2(folder: Path, version: LTX2Version, generator: torch.Generat
 
 def tiny_modules(version: LTX2Version, vocab_size: int) -> dict[str, nn.Module]:
     """Return modules of the configs by component; their weights mean nothing yet."""
-    configs = CONFIGS[version]
-    return {
-        "text_encoder": Gemma3TextEncoder(Gemma3Config.from_dict(gemma_config(vocab_size))),
-        "connectors": LTX2Connectors(LTX2ConnectorsConfig.from_dict(configs["connectors"])),
-        "transformer": LTX2Transformer(LTX2TransformerConfig.from_dict(configs["transformer"])),
-        "vae": LTX2VideoVAE(LTX2VideoVAEConfig.from_dict(configs["vae"])),
-        "audio_vae": AudioVAE(AudioVAEConfig.from_dict(configs["audio_vae"])),
-        "vocoder": build_vocoder(configs["vocoder"]),
-        "latent_upsampler": LTX2Upsampler(
-            LTX2UpsamplerConfig.from_dict(configs["latent_upsampler"])
-        ),
-    }
+    configs = {"text_encoder": gemma_config(vocab_size), **CONFIGS[version]}
+    return {name: BUILDERS[name](config) for name, config in configs.items()}
 
 
 def gemma_config(vocab_size: int) -> dict[str, Any]:

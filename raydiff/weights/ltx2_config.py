@@ -11,24 +11,11 @@ from pathlib import Path
 from raydiff.errors import ModelError
 from raydiff.weights.headers import TensorHeader, read_metadata
 from raydiff.weights.published import Config, Sources, shape_of
+from raydiff.weights.published_ltx2 import SCHEDULER
 
 CONNECTOR_LENGTH = 4096
 """Positions that the connectors' rotary embedding spans in every published file; the original's
 code takes 1 where a file does not say, which no published weights were trained with."""
-
-SCHEDULER: Config = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "base_image_seq_len": 1024,
-    "base_shift": 0.95,
-    "max_image_seq_len": 4096,
-    "max_shift": 2.05,
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": 0.1,
-    "time_shift_type": "exponential",
-    "use_dynamic_shifting": True,
-}
-"""As published in diffusers layout; the section in a single file says nothing of shifts."""
 
 SAME = (
     "activation_fn",
@@ -86,6 +73,7 @@ def ltx2_configs(path: Path, components: Mapping[str, Sources]) -> dict[str, Con
     audio_vae = _read(path, "audio_vae", sections, _audio_vae)
     return {
         "model_index": {"_class_name": "LTX2Pipeline"},
+        # The section in the file says nothing of shifts.
         "scheduler": dict(SCHEDULER),
         "connectors": _read(
             path, "transformer", sections, lambda s: _connectors(s, components["connectors"])

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GemmaTokenizer
 
 from raydiff.gemma_tokenizer import write_tiny_gemma_tokenizer
-from raydiff.pipelines.tiny_ltx2 import CONFIGS, GEMMA, SCHEDULER, LTX2Version
+from raydiff.pipelines.tiny_ltx2 import CONFIGS, GEMMA
+from raydiff.weights.published_ltx2 import SCHEDULER, LTX2Version
 from tests.pipelines.tiny_ltx2 import MAX_LENGTH, VISION, randomised
 
 UNGUIDED: dict[str, Any] = {

@@ -16,8 +16,8 @@ import raydiff
 from raydiff.output.wav import read_wav
 from raydiff.pipelines.load import load_pipeline
 from raydiff.pipelines.ltx2 import LTX2Pipeline
-from raydiff.pipelines.tiny_ltx2 import LTX2Version
 from raydiff.video_settings import VideoMode
+from raydiff.weights.published_ltx2 import LTX2Version
 from tests.cli.command import cli
 from tests.parity.ltx2_reference import GUIDED, UNGUIDED, Reference, write_image
 from tests.pipelines.tiny_ltx2 import clip_request

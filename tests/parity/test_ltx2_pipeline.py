@@ -15,8 +15,8 @@ from raydiff.memory.residency import Residency
 from raydiff.pipelines.ltx2 import LTX2Pipeline as OurPipeline
 from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_first_frame import compress
-from raydiff.pipelines.tiny_ltx2 import LTX2Version
 from raydiff.video_settings import VideoMode
+from raydiff.weights.published_ltx2 import LTX2Version
 from tests.parity.ltx2_reference import GUIDED, UNGUIDED, Reference, read_image, write_image
 from tests.pipelines.tiny_ltx2 import (
     clip_request,

@@ -20,9 +20,10 @@ from raydiff.pipelines.ltx2 import LTX2Pipeline
 from raydiff.pipelines.ltx2_components import ClipLatents, LTX2Components, pack
 from raydiff.pipelines.ltx2_decoder import ClipDecoder
 from raydiff.pipelines.ltx2_first_frame import fit_first_frame, read_first_frame
-from raydiff.pipelines.tiny_ltx2 import CONFIGS, SCHEDULER
+from raydiff.pipelines.tiny_ltx2 import CONFIGS
 from raydiff.request import RenderRequest, batch_key, num_evaluations, row_guidance
 from raydiff.video_settings import VideoMode
+from raydiff.weights.published_ltx2 import SCHEDULER
 from tests.pipelines.tiny_ltx2 import clip_request, tiny_components, tiny_pipeline
 
 SIZE: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "frame_rate": 25.0}

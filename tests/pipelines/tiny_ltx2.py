@@ -15,15 +15,10 @@ from raydiff.memory.profiles import load_profile
 from raydiff.models.ltx2.audio_vae import AudioVAEConfig
 from raydiff.pipelines.ltx2 import LTX2Pipeline
 from raydiff.pipelines.ltx2_components import LTX2Components
-from raydiff.pipelines.tiny_ltx2 import (
-    CONFIGS,
-    SCHEDULER,
-    LTX2Version,
-    random_weight,
-    tiny_modules,
-)
+from raydiff.pipelines.tiny_ltx2 import CONFIGS, random_weight, tiny_modules
 from raydiff.request import ModelInfo, RenderRequest, VideoModel
 from raydiff.video_settings import VideoMode, VideoSettings
+from raydiff.weights.published_ltx2 import SCHEDULER, LTX2Version
 
 MAX_LENGTH = 32
 """Tokens of a text; real tokenizers have 1024."""
