@@ -4,12 +4,14 @@ import asyncio
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from click.testing import CliRunner
 
 from raydiff.cli.reproduce import describe_rerendered, reproduce
@@ -36,13 +38,13 @@ NUM_FRAMES = 9
 
 
 def render_clips(out: Path, model: Path, **output: object) -> None:
-    """Render two clips in one batch with a real worker, and commit their rows."""
+    """Render three clips in one batch on two threads with a real worker, and commit their rows."""
     values = {f"output.{name}": value for name, value in output.items()}
     defaults = {"height": 64, "width": 64, "num_frames": NUM_FRAMES, "frame_rate": 8.0}
     config = load_config(
         None,
         {
-            "prompts": ["a fox", "a hen"],
+            "prompts": ["a fox", "a hen", "an owl"],
             "out": str(out),
             "model.name": str(model),
             "ltx2.text_encoder": "random",
@@ -59,6 +61,8 @@ def render_clips(out: Path, model: Path, **output: object) -> None:
         arguments={"model": config.model, "memory": config.memory, "ltx2": config.ltx2},
         out=str(out),
         output=config.output,
+        batch_size=3,
+        environ={"OMP_NUM_THREADS": "2"},
     )
     batch = RenderBatch(batch_id=1, key=batch_key(requests[0]), requests=tuple(requests))
     with start_run(
@@ -66,7 +70,7 @@ def render_clips(out: Path, model: Path, **output: object) -> None:
         config=config,
         manifest_uri=manifest.uri,
         manifest_fingerprint=manifest.fingerprint,
-        num_rows=2,
+        num_rows=3,
         models=models.revisions,
     ) as run:
         worker = Worker("w0", spec)
@@ -78,7 +82,8 @@ def render_clips(out: Path, model: Path, **output: object) -> None:
             for row, request in zip(rows, requests, strict=True):
                 result = results[request.request_id]
                 assert (result.status, result.error) == ("completed", None)
-                assert (result.nfe, result.batch_size) == (num_evaluations(request), 2)
+                assert (result.nfe, result.batch_size) == (num_evaluations(request), 3)
+                assert result.num_threads == 2
                 ledger.add(row, result)
 
         ledger = Ledger(out, extra_schema=pa.schema([]), config=config.output, lock=run.lock)
@@ -94,18 +99,28 @@ def again(out: Path) -> list[Rerendered]:
 
 @pytest.fixture(scope="module")
 def runs(tiny_ltx2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[VideoFormat, Path]:
-    """Two clips as MP4s, and as folders of frames with their sound beside them."""
+    """Three clips as MP4s, and as folders of frames with their sound beside them."""
     folder = tmp_path_factory.mktemp("runs")
     formats: tuple[VideoFormat, ...] = ("mp4", "frames")
-    for video in formats:
-        render_clips(folder / video, tiny_ltx2, video=video, wav=video == "frames")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")  # The worker sets it; afterwards it is as it was.
+        for video in formats:
+            render_clips(folder / video, tiny_ltx2, video=video, wav=video == "frames")
     return {video: folder / video for video in formats}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("video", ["mp4", "frames"])
 def test_a_clip_is_made_again_byte_for_byte(
     video: VideoFormat, runs: dict[VideoFormat, Path]
 ) -> None:
+    """Wherever they stood in their batch, whose rows two threads shared."""
     assert list(Verification(runs[video])) == []
     for made in again(runs[video]):
         assert (made.is_equal, made.sound_snr) == (True, math.inf)
