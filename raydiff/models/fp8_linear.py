@@ -57,7 +57,7 @@ class Fp8Linear(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.dtype == torch.bfloat16 and _multiplies_fp8(x.device):
+        if x.is_cuda and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
             return self.product(x)
         return F.linear(x, self.full_weight().to(x.dtype), self.bias)
 
@@ -91,8 +91,8 @@ class Fp8Linear(nn.Module):
         return to_fp8(rows, scale), scale
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _multiplies_fp8(device: torch.device) -> bool:
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a GPU has products in fp8. To compile it, it has to be marked as a constant."""
     return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 

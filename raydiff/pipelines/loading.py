@@ -12,6 +12,7 @@ from raydiff.config import DTypeName, LTX2Config, ModelConfig
 from raydiff.errors import ModelError
 from raydiff.memory.profiles import Profile
 from raydiff.memory.residency import compute_device, resting_device
+from raydiff.models.meta import on_meta
 from raydiff.request import ModelInfo
 from raydiff.weights.checkpoint import Checkpoint
 from raydiff.weights.components import Stage, needed_components
@@ -57,7 +58,7 @@ class Loading:
         """
         if component not in self.needed:
             return None
-        with torch.device("meta"):
+        with on_meta():
             module = build(self.checkpoint.config(component))
         return load_weights(
             module,

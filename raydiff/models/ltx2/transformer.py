@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydiff.models.fp8_linear import multiplies_fp8
 from raydiff.models.ltx2.adaln import AdaLayerNormSingle, layer_values, modulate
 from raydiff.models.ltx2.attention import SelfAttention, SourceAttention
 from raydiff.models.ltx2.rope import LatentSize, Rotations, rotations
@@ -283,6 +284,8 @@ class LTX2Transformer(nn.Module):
         A batch of another size is compiled anew, then for any size.
         """
         torch._dynamo.config.recompile_limit = MAX_COMPILED
+        # Here and not where it is defined: the mark imports the compiler, which takes a second.
+        torch.compiler.assume_constant_result(multiplies_fp8)
         for block in self.transformer_blocks:
             block.compile()
 
