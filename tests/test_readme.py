@@ -27,6 +27,7 @@ REPOS = {
     "ltx2": "Lightricks/LTX-2",
     "ltx2.3": "diffusers/LTX-2.3-Distilled-Diffusers",
 }
+SMALL_IMAGE = "--set defaults.height=64 --set defaults.width=64"
 SMALL_CLIP = "--set defaults.height=64 --set defaults.width=96 --set defaults.num_frames=9"
 FEW_STEPS = "--set defaults.num_inference_steps=2"
 SETUP = re.compile(r"python3 -m venv \.venv && \.venv/bin/pip install -q -e \S+ && ")
@@ -34,7 +35,7 @@ REPLACED = {
     "1216": "96",  # nor minutes to spare
     "832": "64",
     "--profile gpu_poor": "--profile cpu_only",  # there is no GPU here
-    "jobs/dataset.yaml": "jobs/dataset.yaml --set model.compile=false",
+    "jobs/dataset.yaml": f"jobs/dataset.yaml {SMALL_IMAGE} --set model.compile=false",
     "jobs/video.yaml": f"jobs/video.yaml {SMALL_CLIP} {FEW_STEPS}",
     "clips.parquet --model ltx2 ": f"clips.parquet {SMALL_CLIP} {FEW_STEPS} --model ltx2 ",
     "--model video-model-fp8": f"--model video-model-fp8 {SMALL_CLIP} {FEW_STEPS}",
