@@ -1,20 +1,18 @@
 """How fast one GPU renders: full-size models with random weights, eager and compiled, in stages,
 beside diffusers with the same shapes in the same run. No checkpoint is needed."""
 
-import gc
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raydiff.bench.random_modules import random_module, randomise
+from raydiff.bench.timing import clean_gpu, timed
 from raydiff.config import MemoryConfig, ProfileName
 from raydiff.diffusion.schedule import ScheduleConfig
 from raydiff.errors import ConfigError
@@ -167,26 +165,6 @@ def random_pipeline(
     )
 
 
-def random_module(build: Callable[[Any], Any], config: Any, dtype: torch.dtype) -> Any:
-    """Build on the meta device and draw each weight on the GPU, scaled by its fan-in."""
-    with torch.device("meta"):
-        module: nn.Module = build(config)
-    module = module.to(dtype).to_empty(device="cuda").requires_grad_(False).eval()
-    _randomise(module)
-    return module
-
-
-def _randomise(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        data = parameter.data
-        if data.ndim > 1:
-            data.normal_(std=data[0].numel() ** -0.5)
-        elif name.endswith("weight"):
-            data.normal_(mean=1.0, std=0.05)
-        else:
-            data.normal_(std=0.02)
-
-
 def _info(family: str) -> ModelInfo:
     size = NATIVE_SIZE[family]
     return ModelInfo(
@@ -206,26 +184,12 @@ def _info(family: str) -> ModelInfo:
     )
 
 
-@contextmanager
-def _clean_gpu() -> Iterator[None]:
-    """Start with an empty allocator and leave one behind, so that peaks are one renderer's."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        yield
-    finally:
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def _bench_raydiff(job: Job, mode: Mode, flops: int) -> ModelBench:
-    with _clean_gpu():
+    with clean_gpu():
         pipeline = random_pipeline(job.family, job.profile, is_compiled=mode == "compiled")
 
         def render(batch: int) -> tuple[float, Rendered]:
-            return _timed(lambda: pipeline.render(job.requests(batch)))
+            return timed(lambda: pipeline.render(job.requests(batch)))
 
         warm_up_s, _ = render(0)
         timed = [render(1 + batch) for batch in range(job.num_batches)]
@@ -247,7 +211,7 @@ def _bench_raydiff(job: Job, mode: Mode, flops: int) -> ModelBench:
 
 
 def _bench_diffusers(job: Job, mode: Mode, flops: int) -> ModelBench:
-    with _clean_gpu():
+    with clean_gpu():
         pipe = _diffusers_pipeline(job.family)
         if mode == "compiled":
             pipe.unet.to(memory_format=torch.channels_last)
@@ -265,7 +229,7 @@ def _bench_diffusers(job: Job, mode: Mode, flops: int) -> ModelBench:
         def render(batch: int, output_type: str = "np") -> float:
             generators = [torch.Generator("cpu").manual_seed(i) for i in range(job.batch_size)]
             prompts = job.prompts(batch)
-            elapsed_s, _ = _timed(
+            elapsed_s, _ = timed(
                 lambda: pipe(prompts, **arguments, generator=generators, output_type=output_type)
             )
             return elapsed_s
@@ -305,7 +269,7 @@ def _diffusers_pipeline(family: str) -> Any:
         parts["vae"] = diffusers.AutoencoderKL.from_config(published["vae"])
     for name, module in parts.items():
         module = module.to(torch.bfloat16).to_empty(device="cuda").eval()
-        _randomise(module)
+        randomise(module)
         for buffer_name, buffer in module.named_buffers():
             if buffer_name.endswith("position_ids"):
                 buffer.copy_(torch.arange(buffer.shape[-1], device="cuda").expand(buffer.shape))
@@ -325,14 +289,6 @@ def _diffusers_pipeline(family: str) -> Any:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _timed(render: Callable[[], Any]) -> tuple[float, Any]:
-    torch.cuda.synchronize()
-    started = perf_counter()
-    result = render()
-    torch.cuda.synchronize()
-    return perf_counter() - started, result
 
 
 def _unet_tflops(job: Job, flops: int, denoise_s: float) -> float:

@@ -10,7 +10,7 @@ import torch
 
 import raydiff
 from raydiff.bench.engine import write_manifest
-from raydiff.bench.model import random_module
+from raydiff.bench.random_modules import random_module
 from raydiff.config import RunConfig
 from raydiff.errors import ConfigError, EngineError
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig

@@ -224,6 +224,107 @@ def bench_model(
         )
 
 
+@bench.command("video")
+@click.option("--version", type=click.Choice(["2.0", "2.3"]), default="2.0", show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="8 without guidance, 40 with it.")
+@click.option(
+    "--guidance",
+    type=click.Choice(["none", "cfg", "full"]),
+    help="cfg: negative prompts. full: and perturbed, and streams apart. Without --steps and this, "
+    "8 steps of none, then 40 of cfg.",
+)
+@click.option("--batch-size", default=1, show_default=True)
+@click.option("--height", type=int, help="512, or 64 of the tiny network.")
+@click.option("--width", type=int, help="768, or 96.")
+@click.option("--frames", type=int, help="121, or 9.")
+@click.option("--batches", default=1, show_default=True, help="Counted batches of each kind.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp8"]),
+    default="bf16",
+    show_default=True,
+    help="Of raydiff's transformer.",
+)
+@click.option(
+    "--compile/--no-compile",
+    "is_compiled",
+    default=None,
+    help="Compile the transformer's blocks, both renderers'; not those of the tiny network.",
+)
+@click.option("--peer/--no-peer", default=True, help="Measure diffusers, if it is installed.")
+@click.option("--tiny", "is_tiny", is_flag=True, help="A tiny network, which a CPU can run.")
+@click.option("--json", "is_json", is_flag=True, help="Print one JSON object per line.")
+def bench_video(
+    version: Any,
+    steps: int | None,
+    guidance: Any,
+    batch_size: int,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    batches: int,
+    dtype: Any,
+    is_compiled: bool | None,
+    peer: bool,
+    is_tiny: bool,
+    is_json: bool,
+) -> None:
+    """Make clips with a full-size LTX-2 of random weights, from prompts to MP4 files with sound.
+
+    With --dtype fp8 its transformer is put into fp8 in memory, and compared with bf16.
+
+    \b
+    raydiff bench video
+    raydiff bench video --steps 40 --guidance full --dtype fp8
+    raydiff bench video --tiny
+    """
+    from raydiff.bench.video import bench_video as run
+    from raydiff.bench.video_job import Scene, samplings
+
+    scene = Scene(
+        version=version,
+        is_tiny=is_tiny,
+        height=height or (64 if is_tiny else 512),
+        width=width or (96 if is_tiny else 768),
+        num_frames=frames or (9 if is_tiny else 121),
+        batch_size=batch_size,
+        num_batches=batches,
+        dtype=dtype,
+        is_compiled=not is_tiny if is_compiled is None else is_compiled,
+    )
+    for result in run(scene, samplings(steps, guidance), has_peer=peer):
+        click.echo(json.dumps(asdict(result)) if is_json else _video_line(result))
+
+
+def _video_line(result: Any) -> str:
+    stages = ", ".join(
+        f"{name} {seconds:.2f} s"
+        for name, seconds in (
+            ("encode", result.encode_s),
+            ("denoise", result.denoise_s),
+            ("decode", result.decode_s),
+            ("write", result.write_s),
+        )
+        if seconds is not None
+    )
+    parts = [
+        f"{result.renderer:<9} LTX-{result.version} {result.dtype} "
+        f"{'compiled' if result.is_compiled else 'eager':<8} {result.num_inference_steps} steps, "
+        f"guidance {result.guidance}, {result.nfe} NFE, batch {result.batch_size}",
+        f"{result.total_s:.2f} s: {stages}",
+        f"step {result.step_s:.3f} s, forward {result.forward_s:.3f} s per clip, "
+        f"{result.transformer_tflop_per_s:.0f} TFLOP/s",
+    ]
+    if result.peak_vram_bytes is not None:
+        parts.append(f"peak {result.peak_vram_bytes / GIB:.1f} GiB")
+    parts.append(f"first batch {result.warm_up_s:.0f} s")
+    if result.fp8_error is not None:
+        parts.append(
+            f"fp8 error {result.fp8_error:.1%}, {result.fp8_speed_up:.2f} times as fast as bf16"
+        )
+    return "; ".join(parts)
+
+
 @bench.command("scaling")
 @click.option("--model", help="Checkpoint; the default is SDXL with random weights, made first.")
 @click.option(

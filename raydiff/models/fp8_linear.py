@@ -153,13 +153,18 @@ def concatenate_fp8_linears(layers: Sequence[Fp8Linear]) -> Fp8Linear:
         tensors["bias"] = torch.cat([layer.bias for layer in layers if layer.bias is not None])
     if len(measured) == len(layers):
         tensors["input_scale"] = torch.stack(measured).amax()
+    return fp8_linear(tensors)
+
+
+def fp8_linear(tensors: Mapping[str, Tensor]) -> Fp8Linear:
+    """The layer with these parameters: weight, weight_scale and perhaps bias and input_scale."""
     with torch.device("meta"):
-        fused = Fp8Linear(
+        layer = Fp8Linear(
             *reversed(tensors["weight"].shape),
             has_bias="bias" in tensors,
-            has_row_scales=True,
+            has_row_scales=tensors["weight_scale"].ndim > 0,
             has_input_scale="input_scale" in tensors,
         )
     for name, tensor in tensors.items():
-        setattr(fused, name, nn.Parameter(tensor.detach(), requires_grad=False))
-    return fused
+        setattr(layer, name, nn.Parameter(tensor.detach(), requires_grad=False))
+    return layer

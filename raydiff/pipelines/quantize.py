@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raydiff.errors import ModelError, OutputError
-from raydiff.models.fp8_linear import is_aligned, scale_for, to_fp8
+from raydiff.models.fp8_linear import fp8_linear, is_aligned, scale_for, to_fp8
+from raydiff.models.ltx2.transformer import LTX2Transformer
 from raydiff.weights.checkpoint import Checkpoint, list_files, open_checkpoint
 from raydiff.weights.folder import read_json
 from raydiff.weights.fp8 import FP8
@@ -32,9 +33,10 @@ ScaleKind = Literal["rowwise", "tensorwise"]
 OnProgress = Callable[[int, int], None]
 
 LINEARS = re.compile(
-    r"transformer_blocks\.(?P<block>\d+)\.\w+\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)\.weight"
+    r"transformer_blocks\.(?P<block>\d+)\.\w+\.(to_[qkv]|fused|to_out\.0|net\.0\.proj|net\.2)"
 )
-"""The gates of 2.3's heads are left out: they are small, and every value of a head hangs on one."""
+"""`fused` is what a loaded transformer has of some of the others. The gates of 2.3's heads are left
+out: they are small, and every value of a head hangs on one."""
 
 KEPT_SHARE = 24
 """One block of so many is kept at each end: 2 of 48."""
@@ -94,19 +96,49 @@ def layers_to_quantize(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     tensors = checkpoint.tensors("transformer")
     if any(tensor.dtype == FP8 for tensor in tensors.values()):
         raise ModelError(f"{checkpoint.path}: is in fp8 already; quantise the bf16 checkpoint")
-    blocks = {int(match["block"]) for match in map(LINEARS.fullmatch, tensors) if match}
-    num_blocks = max(blocks, default=-1) + 1
-    kept = num_blocks // KEPT_SHARE
-    layers = {}
-    for name, tensor in tensors.items():
-        match = LINEARS.fullmatch(name)
-        if match is None or not kept <= int(match["block"]) < num_blocks - kept:
-            continue
-        if is_aligned(tensor.shape):
-            layers[name] = tensor
-    if not layers:
+    weights = {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(".weight")
+    }
+    chosen = _chosen({name: tensor.shape for name, tensor in weights.items()})
+    if not chosen:
         raise ModelError(f"{checkpoint.path}: its transformer has no layer that fits fp8")
-    return layers
+    return {f"{name}.weight": weights[name] for name in chosen}
+
+
+def quantize_blocks(transformer: LTX2Transformer) -> int:
+    """Put the same layers of a transformer that is loaded, and prepared for inference, into fp8
+    where they are, with a scale for each output; return how many layers those are."""
+    linears = {
+        name: module for name, module in transformer.named_modules() if type(module) is nn.Linear
+    }
+    chosen = _chosen({name: linear.weight.shape for name, linear in linears.items()})
+    for name in chosen:
+        linear = linears.pop(name)
+        weight, scale = quantized(linear.weight, "rowwise")
+        tensors = {"weight": weight, "weight_scale": scale}
+        if linear.bias is not None:
+            tensors["bias"] = linear.bias.detach()
+        owner, _, leaf = name.rpartition(".")
+        transformer.get_submodule(owner)._modules[leaf] = fp8_linear(tensors)
+    return len(chosen)
+
+
+def _chosen(shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the layers that go to fp8, given the shapes of layers' weights."""
+    blocks = {
+        name: int(match["block"])
+        for name in shapes
+        if (match := LINEARS.fullmatch(name)) is not None
+    }
+    num_blocks = max(blocks.values(), default=-1) + 1
+    kept = num_blocks // KEPT_SHARE
+    return [
+        name
+        for name, block in blocks.items()
+        if kept <= block < num_blocks - kept and is_aligned(shapes[name])
+    ]
 
 
 class _Progress:
