@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from raydiff.output.audio import Audio
+from raydiff.output.video.audio import Audio
 from raydiff.video_settings import VideoSettings
 
 NUM_FRAMES = 9

@@ -29,12 +29,12 @@ from raydiff.models.ltx2.audio_vae import AudioVAEConfig
 from raydiff.models.ltx2.transformer import MAX_COMPILED, LTX2Transformer, LTX2Velocity
 from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
 from raydiff.output.rendered import Rendered
-from raydiff.output.video import VideoWriter
+from raydiff.output.video.writer import VideoWriter
 from raydiff.output.writer import clip_of
-from raydiff.pipelines.ltx2 import LTX2Pipeline
-from raydiff.pipelines.ltx2_components import LTX2Components
-from raydiff.pipelines.ltx2_load import prepare
-from raydiff.pipelines.ltx2_modules import BUILDERS
+from raydiff.pipelines.ltx2.components import LTX2Components
+from raydiff.pipelines.ltx2.load import prepare
+from raydiff.pipelines.ltx2.modules import BUILDERS
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from raydiff.pipelines.quantize import quantize_blocks
 from raydiff.pipelines.stable_diffusion import ATTENTION_BACKENDS
 from raydiff.pipelines.tiny_ltx2 import random_weight

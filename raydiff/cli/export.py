@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 if TYPE_CHECKING:
-    from raydiff.output.export import ExportFormat
+    from raydiff.output.export.export import ExportFormat
 
 MAX_PROBLEMS = 20
 
@@ -67,7 +67,7 @@ def export(
     raydiff export renders --to hf-parquet --dest dataset --columns prompt,seed,guidance_scale
     """
     from raydiff.cli.results import reading
-    from raydiff.output.export import export_run
+    from raydiff.output.export.export import export_run
 
     with reading(out):
         summary = export_run(

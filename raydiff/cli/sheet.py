@@ -10,8 +10,8 @@ import click
 if TYPE_CHECKING:
     from PIL import Image
 
-    from raydiff.output.sheet import Sheet
-    from raydiff.output.sheet_grid import SheetGrid
+    from raydiff.output.sheet.grid import SheetGrid
+    from raydiff.output.sheet.sheet import Sheet
 
 MAX_THREADS = 8
 
@@ -65,9 +65,9 @@ def sheet(
     raydiff sheet renders --limit 100 --cell 160
     """
     from raydiff.cli.results import reading
-    from raydiff.output.sheet import Sheet
-    from raydiff.output.sheet_file import check_sheet_path, write_pages
-    from raydiff.output.sheet_grid import read_grid
+    from raydiff.output.sheet.file import check_sheet_path, write_pages
+    from raydiff.output.sheet.grid import read_grid
+    from raydiff.output.sheet.sheet import Sheet
 
     check_sheet_path(to)
     with reading(out):

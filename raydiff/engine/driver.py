@@ -35,7 +35,7 @@ from raydiff.engine.worker_pool import WorkerPool
 from raydiff.errors import DiskError, EngineError, InputError, RaydiffError
 from raydiff.output.ledger import Ledger
 from raydiff.output.progress import Progress, ProgressFile, State
-from raydiff.output.shards import ShardPublisher
+from raydiff.output.shards.writer import ShardPublisher
 from raydiff.request import ManifestRow, RenderResult
 
 READ_SLICE_S = 0.05

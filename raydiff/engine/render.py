@@ -33,7 +33,7 @@ from raydiff.output.failed_rows import FailedRows, drop_failed_rows
 from raydiff.output.ledger import Ledger
 from raydiff.output.progress import Progress, ProgressFile
 from raydiff.output.run_file import Run, start_run
-from raydiff.output.shards import ShardPublisher
+from raydiff.output.shards.writer import ShardPublisher
 from raydiff.output.storage import open_storage
 from raydiff.request import ModelInfo
 
@@ -285,7 +285,7 @@ def worker_specs(
 def _check_encoders(manifest: Manifest, config: RunConfig, models: KnownModels) -> None:
     """Raise ConfigError if clips of the run's own model could not be encoded here."""
     if "model" not in manifest.schema.names and models(config.model.name).video is not None:
-        from raydiff.output.encoders import check_encoders  # takes what only clips need
+        from raydiff.output.video.encoders import check_encoders  # takes what only clips need
 
         check_encoders(config.output)
 

@@ -20,8 +20,6 @@ from raydiff.errors import InputError, ModelError, OutputError, RowError
 from raydiff.manifest.init_images import find_init_image
 from raydiff.memory.gpus import visible_gpus
 from raydiff.memory.profiles import compute_dtype
-from raydiff.output.audio import Audio, sound_snr
-from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import Pixels, read_image
 from raydiff.output.media_files import (
     describe_media,
@@ -33,6 +31,8 @@ from raydiff.output.media_files import (
 from raydiff.output.metadata_schema import REQUEST_COLUMNS, VIDEO_COLUMNS
 from raydiff.output.rendered import Rendered
 from raydiff.output.similarity import FrameComparison, Similarity
+from raydiff.output.video.audio import Audio, sound_snr
+from raydiff.output.video.clip_reader import open_clip
 from raydiff.output.writer import Writer
 from raydiff.request import RenderRequest, with_request_id
 from raydiff.video_settings import VideoSettings

@@ -13,11 +13,11 @@ from raydiff.engine.hook import find_hook, make_hook
 from raydiff.engine.messages import WorkerHealth, WorkerInfo
 from raydiff.engine.worker import Failure, attempt
 from raydiff.errors import ConfigError
-from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import Pixels, read_image
 from raydiff.output.media_files import MediaError, is_clip, media_name, open_media
 from raydiff.output.scores import FileScore, Value, columns_of
 from raydiff.output.storage import open_storage
+from raydiff.output.video.clip_reader import open_clip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,8 +34,8 @@ from raydiff.engine.messages import (
 from raydiff.engine.renderer import DenoisedBatch, Payload, Renderer
 from raydiff.errors import DiskError, EngineError, OutOfMemoryError, RaydiffError
 from raydiff.memory.gpus import gpu_usage
-from raydiff.output.audio import Audio
 from raydiff.output.rendered import Rendered
+from raydiff.output.video.audio import Audio
 from raydiff.output.writer import Writer
 from raydiff.request import (
     BatchKey,
@@ -506,7 +506,7 @@ def _num_torch_threads() -> int | None:
 
 def _open_sink(spec: WorkerSpec, worker_id: str) -> Sink:
     if spec.output.format == "webdataset":
-        from raydiff.output.shards import ShardWriter  # takes what only shards need
+        from raydiff.output.shards.writer import ShardWriter  # takes what only shards need
 
         return ShardWriter(spec.out, spec.output, worker_id=worker_id)
     return Writer(spec.out, spec.output)

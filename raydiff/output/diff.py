@@ -16,8 +16,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from raydiff.output.audio import Audio, sound_snr
-from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import Pixels, read_image
 from raydiff.output.matching import BY_REQUEST, Row, match, read_side
 from raydiff.output.media_files import (
@@ -31,6 +29,8 @@ from raydiff.output.media_files import (
 from raydiff.output.rows_file import plain
 from raydiff.output.similarity import FrameComparison, Similarity
 from raydiff.output.storage import Storage
+from raydiff.output.video.audio import Audio, sound_snr
+from raydiff.output.video.clip_reader import open_clip
 
 PAIRS_IN_FLIGHT = 64
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from raydiff.output.audio import Audio
 from raydiff.output.media_files import MediaError
+from raydiff.output.video.audio import Audio
 
 Pixels = NDArray[np.uint8]
 

@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from raydiff.errors import OutputError
+from raydiff.output.shards.samples import BLOCK_BYTES, member_name
 from raydiff.output.storage import Storage, open_storage
-from raydiff.output.tar_samples import BLOCK_BYTES, member_name
 
 MEDIA_COLUMNS = ("file_name", "size_bytes", "member", "offset")
 """What a row says of where its image lies; `member` and `offset` are null for a file of its own,

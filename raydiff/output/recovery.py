@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from raydiff.errors import OutputError
 from raydiff.output.atomic import disk_error
-from raydiff.output.clip_files import check_sound, frame_rows
 from raydiff.output.media_files import MediaError, check_media, is_frames_index
 from raydiff.output.part_files import (
     TEMPORARY_PART_NAME,
@@ -26,6 +25,7 @@ from raydiff.output.part_files import (
     write_part,
 )
 from raydiff.output.storage import Storage, read_error
+from raydiff.output.video.clip_files import check_sound, frame_rows
 
 BOOT_ID_FILE = ".boot_id"
 UNSYNCED_S = 120.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raydiff.output.audio import Audio
+from raydiff.output.video.audio import Audio
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

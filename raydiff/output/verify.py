@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raydiff.output.clip_files import check_sound, frame_rows, sound_name
 from raydiff.output.keys import Keys, request_key, request_keys, row_keys
 from raydiff.output.lock import METADATA_DIR
 from raydiff.output.media_files import (
@@ -28,8 +27,9 @@ from raydiff.output.media_files import (
 from raydiff.output.media_store import IMAGES_DIR, REQUEST_ID, VIDEOS_DIR
 from raydiff.output.part_files import DamagedPartError, Part, list_parts, map_parts, read_columns
 from raydiff.output.run_file import read_run
-from raydiff.output.shard_index import SHARDS_DIR
+from raydiff.output.shards.index import SHARDS_DIR
 from raydiff.output.storage import Storage, open_storage
+from raydiff.output.video.clip_files import check_sound, frame_rows, sound_name
 
 NUM_THREADS = 8
 FILES_IN_FLIGHT = 256

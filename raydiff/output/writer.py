@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from raydiff import __version__
 from raydiff.config import OutputConfig
-from raydiff.output.audio import Audio
-from raydiff.output.clip import Clip, exact_rate
 from raydiff.output.media import encode_image
 from raydiff.output.media_store import IMAGES_DIR, MediaStore, WrittenFile, media_path
 from raydiff.output.storage import Storage
+from raydiff.output.video.audio import Audio
+from raydiff.output.video.clip import Clip, exact_rate
 from raydiff.request import RenderRequest, RenderResult
 from raydiff.video_settings import VideoSettings
 
 if TYPE_CHECKING:
-    from raydiff.output.video import VideoWriter
+    from raydiff.output.video.writer import VideoWriter
 
 NOT_EMBEDDED = ("init_image", "video")
 EMBEDDED_FIELDS = tuple(one.name for one in fields(RenderRequest) if one.name not in NOT_EMBEDDED)
@@ -84,7 +84,7 @@ class Writer:
 
     @cached_property
     def _videos(self) -> "VideoWriter":
-        from raydiff.output.video import VideoWriter  # takes what only clips need
+        from raydiff.output.video.writer import VideoWriter  # takes what only clips need
 
         return VideoWriter(self._out, self._config)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from raydiff.errors import OutOfMemoryError
 from raydiff.memory.profiles import Profile
-from raydiff.output.audio import Audio
 from raydiff.output.rendered import Rendered
+from raydiff.output.video.audio import Audio
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import BatchKey, ModelInfo, RenderRequest
 from raydiff.weights.components import STAGES, Stage

@@ -13,7 +13,7 @@ from raydiff.memory.gpus import GpuInfo, visible_gpus
 from raydiff.memory.profiles import compute_dtype, model_profile
 from raydiff.pipelines.base import Pipeline
 from raydiff.pipelines.loading import DTYPES, Loading
-from raydiff.pipelines.ltx2_load import load_ltx2
+from raydiff.pipelines.ltx2.load import load_ltx2
 from raydiff.pipelines.stable_diffusion_load import load_stable_diffusion
 from raydiff.request import ModelInfo
 from raydiff.weights.checkpoint import open_checkpoint

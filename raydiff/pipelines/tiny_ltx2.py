@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raydiff.gemma_tokenizer import write_tiny_gemma_tokenizer
-from raydiff.pipelines.ltx2_modules import BUILDERS
+from raydiff.pipelines.ltx2.modules import BUILDERS
 from raydiff.pipelines.save import save_component, write_index
 from raydiff.weights.published_ltx2 import SCHEDULER, LTX2Version
 

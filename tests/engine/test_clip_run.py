@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from raydiff.output.ledger import read_results
 from raydiff.output.run_file import is_run
-from raydiff.output.video_info import read_video_info
+from raydiff.output.video.info import read_video_info
 from tests.cli.command import cli
 
 PROMPTS = [

@@ -23,13 +23,13 @@ from raydiff.engine.rerender import Rerendered, Rerenderer, request_of
 from raydiff.engine.worker import Worker, WorkerSpec
 from raydiff.errors import ConfigError
 from raydiff.manifest.rows import read_rows
-from raydiff.output.clip_files import sound_name
-from raydiff.output.clip_reader import open_clip
 from raydiff.output.ledger import Ledger
 from raydiff.output.row_samples import find_request, sample_requests
 from raydiff.output.run_file import start_run
 from raydiff.output.verify import Verification
-from raydiff.output.video import VideoWriter
+from raydiff.output.video.clip_files import sound_name
+from raydiff.output.video.clip_reader import open_clip
+from raydiff.output.video.writer import VideoWriter
 from raydiff.output.writer import clip_of
 from raydiff.request import RenderBatch, batch_key, num_evaluations
 from raydiff.video_codecs import VideoFormat

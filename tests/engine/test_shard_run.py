@@ -14,7 +14,7 @@ from pathlib import Path
 
 from raydiff.engine.render import RunSummary
 from raydiff.output.ledger import read_results
-from raydiff.output.shard_index import read_header
+from raydiff.output.shards.index import read_header
 from raydiff.output.verify import Verification
 
 WritePrompts = Callable[[Sequence[str | None]], Path]

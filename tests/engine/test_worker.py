@@ -28,8 +28,8 @@ from raydiff.engine.messages import (
 from raydiff.engine.worker import Worker, WorkerSpec
 from raydiff.errors import EngineError
 from raydiff.output import writer as writer_module
-from raydiff.output.video_info import read_video_info
-from raydiff.output.wav import read_wav
+from raydiff.output.video.info import read_video_info
+from raydiff.output.video.wav import read_wav
 from raydiff.request import RenderBatch, RenderResult, num_evaluations
 from raydiff.video_codecs import VideoFormat
 from tests.clips import FRAME_RATE, NUM_FRAMES, video_settings

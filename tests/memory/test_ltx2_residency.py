@@ -17,9 +17,9 @@ from raydiff.memory.profiles import Profile, load_profile
 from raydiff.memory.residency import Residency
 from raydiff.models.ltx2.rope import LatentSize
 from raydiff.pipelines.load import load_pipeline
-from raydiff.pipelines.ltx2 import LTX2Pipeline
-from raydiff.pipelines.ltx2_components import LTX2Components
-from raydiff.pipelines.ltx2_decoder import ClipDecoder
+from raydiff.pipelines.ltx2.components import LTX2Components
+from raydiff.pipelines.ltx2.decoder import ClipDecoder
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from tests.pipelines.tiny_ltx2 import clip_request
 
 GPU_PROFILES: tuple[ProfileName, ...] = ("balanced", "gpu_poor", "extreme")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from raydiff.config import OutputConfig, RunConfig
 from raydiff.output.ledger import Ledger
 from raydiff.output.run_file import start_run
-from raydiff.output.shards import ShardPublisher, ShardWriter
+from raydiff.output.shards.writer import ShardPublisher, ShardWriter
 from raydiff.output.writer import Writer
 from raydiff.request import ManifestRow, RenderRequest, RenderResult, with_request_id
 from tests.clips import clip_audio, clip_pixels, video_settings

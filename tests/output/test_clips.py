@@ -17,22 +17,22 @@ from PIL import Image
 
 from raydiff.config import OutputConfig
 from raydiff.engine.score_worker import ScoreBatch, ScoreSpec, ScoreWorker
-from raydiff.output.audio import sound_snr
-from raydiff.output.clip_files import sound_name
 from raydiff.output.diff import RunDiff
 from raydiff.output.gallery.build import Gallery
 from raydiff.output.ledger import Ledger, read_results
 from raydiff.output.lock import RunLock
 from raydiff.output.media_files import check_media
-from raydiff.output.pictures import make_picture
 from raydiff.output.recovery import BOOT_ID_FILE
-from raydiff.output.shards import ShardPublisher, ShardWriter
-from raydiff.output.sheet import Sheet
-from raydiff.output.sheet_grid import read_grid
+from raydiff.output.shards.writer import ShardPublisher, ShardWriter
+from raydiff.output.sheet.grid import read_grid
+from raydiff.output.sheet.pictures import make_picture
+from raydiff.output.sheet.sheet import Sheet
 from raydiff.output.storage import open_storage
 from raydiff.output.verify import Verification
-from raydiff.output.video_info import read_video_info
-from raydiff.output.wav import read_wav
+from raydiff.output.video.audio import sound_snr
+from raydiff.output.video.clip_files import sound_name
+from raydiff.output.video.info import read_video_info
+from raydiff.output.video.wav import read_wav
 from raydiff.request import RenderResult
 from tests.clips import FRAME_RATE, NUM_FRAMES, SAMPLE_RATE, clip_audio, clip_pixels
 from tests.output.generated_runs import NO_COLUMNS, clip_rows, request_of, write_run

@@ -20,7 +20,7 @@ import webdataset
 from PIL import Image
 
 from raydiff.errors import ConfigError, OutputError
-from raydiff.output.export import UNFINISHED, export_run
+from raydiff.output.export.export import UNFINISHED, export_run
 from raydiff.output.ledger import read_results
 from raydiff.output.scores import FileScore, ScoreTable
 from tests.cli.command import cli

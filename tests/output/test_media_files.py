@@ -13,9 +13,9 @@ from raydiff.output.diff import RunDiff
 from raydiff.output.gallery.build import Gallery
 from raydiff.output.ledger import read_results
 from raydiff.output.media_files import MediaError, check_media, open_media, read_media
-from raydiff.output.pictures import make_picture
-from raydiff.output.sheet import Sheet
-from raydiff.output.sheet_grid import read_grid
+from raydiff.output.sheet.grid import read_grid
+from raydiff.output.sheet.pictures import make_picture
+from raydiff.output.sheet.sheet import Sheet
 from raydiff.output.verify import Verification
 from tests.output.generated_runs import random_pixels, write_run
 

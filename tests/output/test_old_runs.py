@@ -13,7 +13,7 @@ import pytest
 from raydiff.config import OutputConfig, RunConfig, load_config
 from raydiff.errors import OutputError
 from raydiff.output.diff import RunDiff
-from raydiff.output.export import ExportFormat, export_run
+from raydiff.output.export.export import ExportFormat, export_run
 from raydiff.output.failed_rows import FailedRows, drop_failed_rows, find_failed_rows
 from raydiff.output.gallery.build import Gallery
 from raydiff.output.ledger import Ledger, count_statuses, read_results, read_results_schema
@@ -21,8 +21,8 @@ from raydiff.output.metadata_schema import COLUMNS
 from raydiff.output.query import query_results
 from raydiff.output.row_samples import find_request, sample_requests
 from raydiff.output.run_file import Run, start_run
-from raydiff.output.sheet import Sheet
-from raydiff.output.sheet_grid import read_grid
+from raydiff.output.sheet.grid import read_grid
+from raydiff.output.sheet.sheet import Sheet
 from raydiff.output.verify import Verification
 from raydiff.request import ManifestRow, RenderRequest, RenderResult, with_request_id
 from raydiff.video_settings import VideoSettings

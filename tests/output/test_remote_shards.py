@@ -9,11 +9,11 @@ import pytest
 
 from raydiff.config import OutputConfig
 from raydiff.errors import DiskError, OutputError
-from raydiff.output.export import UNFINISHED, export_run
+from raydiff.output.export.export import UNFINISHED, export_run
 from raydiff.output.ledger import read_results
 from raydiff.output.media_files import read_media
-from raydiff.output.shard_index import read_header
-from raydiff.output.shards import TEMPORARY_DIR, ShardPublisher, ShardWriter
+from raydiff.output.shards.index import read_header
+from raydiff.output.shards.writer import TEMPORARY_DIR, ShardPublisher, ShardWriter
 from raydiff.output.storage import Storage, open_storage
 from raydiff.output.verify import Verification
 from tests.output.generated_runs import write_run

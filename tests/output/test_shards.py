@@ -18,8 +18,8 @@ import webdataset
 from raydiff.config import OutputConfig
 from raydiff.errors import DiskError, EngineError, OutputError
 from raydiff.output.media import read_image_metadata
-from raydiff.output.shard_index import DamagedIndexError, read_header, read_index
-from raydiff.output.shards import TEMPORARY_DIR, ShardPublisher, ShardWriter
+from raydiff.output.shards.index import DamagedIndexError, read_header, read_index
+from raydiff.output.shards.writer import TEMPORARY_DIR, ShardPublisher, ShardWriter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),

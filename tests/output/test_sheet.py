@@ -12,11 +12,11 @@ import pytest
 from PIL import Image, PdfParser
 
 from raydiff.errors import ConfigError, OutputError
-from raydiff.output.lettering import Lettering, one_line
-from raydiff.output.pictures import FRAME_GAP, make_picture
-from raydiff.output.sheet import Sheet, describe
-from raydiff.output.sheet_file import check_sheet_path, write_pages
-from raydiff.output.sheet_grid import read_grid
+from raydiff.output.sheet.file import check_sheet_path, write_pages
+from raydiff.output.sheet.grid import read_grid
+from raydiff.output.sheet.lettering import Lettering, one_line
+from raydiff.output.sheet.pictures import FRAME_GAP, make_picture
+from raydiff.output.sheet.sheet import Sheet, describe
 from tests.output.generated_runs import write_run, write_video
 
 COLUMNS = pa.schema([("style", pa.string()), ("tags", pa.list_(pa.int64())), ("none", pa.int8())])
@@ -284,8 +284,8 @@ def test_settings_in_words() -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from raydiff.output.sheet import Sheet
-from raydiff.output.sheet_grid import read_grid
+from raydiff.output.sheet.sheet import Sheet
+from raydiff.output.sheet.grid import read_grid
 
 def most_memory():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -21,17 +21,17 @@ from PIL import Image
 
 from raydiff.config import OutputConfig, load_config
 from raydiff.errors import ConfigError, DiskError, OutOfMemoryError, RowError
-from raydiff.output.audio import Audio, fit_audio, sound_snr
-from raydiff.output.clip import Clip, exact_rate
-from raydiff.output.clip_files import read_frames_index
-from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import read_frames
 from raydiff.output.media_files import MediaError
 from raydiff.output.media_store import WrittenFile, remove_stale_files
 from raydiff.output.storage import Storage, open_storage
-from raydiff.output.video import VideoWriter
-from raydiff.output.video_info import VideoInfo, read_video_info
-from raydiff.output.wav import encode_wav, read_wav
+from raydiff.output.video.audio import Audio, fit_audio, sound_snr
+from raydiff.output.video.clip import Clip, exact_rate
+from raydiff.output.video.clip_files import read_frames_index
+from raydiff.output.video.clip_reader import open_clip
+from raydiff.output.video.info import VideoInfo, read_video_info
+from raydiff.output.video.wav import encode_wav, read_wav
+from raydiff.output.video.writer import VideoWriter
 from tests.s3_server import FaultyS3
 
 REQUEST_ID = "ab" * 15 + "0f"

@@ -13,9 +13,9 @@ from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES
 from PIL import Image
 
 import raydiff
-from raydiff.output.wav import read_wav
+from raydiff.output.video.wav import read_wav
 from raydiff.pipelines.load import load_pipeline
-from raydiff.pipelines.ltx2 import LTX2Pipeline
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from raydiff.video_settings import VideoMode
 from raydiff.weights.published_ltx2 import LTX2Version
 from tests.cli.command import cli

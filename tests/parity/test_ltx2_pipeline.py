@@ -12,9 +12,9 @@ from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES, apply_image_c
 from torch import Tensor, nn
 
 from raydiff.memory.residency import Residency
-from raydiff.pipelines.ltx2 import LTX2Pipeline as OurPipeline
-from raydiff.pipelines.ltx2_decoder import ClipDecoder
-from raydiff.pipelines.ltx2_first_frame import compress
+from raydiff.pipelines.ltx2.decoder import ClipDecoder
+from raydiff.pipelines.ltx2.first_frame import compress
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline as OurPipeline
 from raydiff.video_settings import VideoMode
 from raydiff.weights.published_ltx2 import LTX2Version
 from tests.parity.ltx2_reference import GUIDED, UNGUIDED, Reference, read_image, write_image

@@ -16,10 +16,10 @@ from raydiff.memory.residency import Residency
 from raydiff.models.ltx2.transformer import LTX2Transformer
 from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
 from raydiff.pipelines.base import Denoised
-from raydiff.pipelines.ltx2 import LTX2Pipeline
-from raydiff.pipelines.ltx2_components import ClipLatents, LTX2Components, pack
-from raydiff.pipelines.ltx2_decoder import ClipDecoder
-from raydiff.pipelines.ltx2_first_frame import fit_first_frame, read_first_frame
+from raydiff.pipelines.ltx2.components import ClipLatents, LTX2Components, pack
+from raydiff.pipelines.ltx2.decoder import ClipDecoder
+from raydiff.pipelines.ltx2.first_frame import fit_first_frame, read_first_frame
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from raydiff.pipelines.tiny_ltx2 import CONFIGS
 from raydiff.request import RenderRequest, batch_key, num_evaluations, row_guidance
 from raydiff.video_settings import VideoMode

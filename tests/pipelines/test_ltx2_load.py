@@ -15,7 +15,7 @@ from raydiff.errors import ConfigError, ModelError
 from raydiff.models.fp8_linear import Fp8Linear
 from raydiff.output.rendered import Rendered
 from raydiff.pipelines.load import load_pipeline
-from raydiff.pipelines.ltx2 import LTX2Pipeline
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from raydiff.pipelines.quantize import quantize
 from raydiff.pipelines.tiny import make_tiny
 from tests.pipelines.tiny_ltx2 import clip_request

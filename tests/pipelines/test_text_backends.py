@@ -19,7 +19,7 @@ from raydiff.pipelines.embeds_store import EmbedsStore
 from raydiff.pipelines.encoder_client import TOKEN_VARIABLE, EncoderClient, Patience
 from raydiff.pipelines.encoder_reply import MAX_BODY_BYTES, MAX_TEXTS, EncodeReply
 from raydiff.pipelines.encoder_server import EncoderServer
-from raydiff.pipelines.ltx2 import LTX2Pipeline
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.pipelines.text_backends import (
     UNREAD,

@@ -13,8 +13,8 @@ from raydiff.gemma_tokenizer import GemmaTokenizer, write_tiny_gemma_tokenizer
 from raydiff.manifest.video_rules import video_defaults, video_problems
 from raydiff.memory.profiles import load_profile
 from raydiff.models.ltx2.audio_vae import AudioVAEConfig
-from raydiff.pipelines.ltx2 import LTX2Pipeline
-from raydiff.pipelines.ltx2_components import LTX2Components
+from raydiff.pipelines.ltx2.components import LTX2Components
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from raydiff.pipelines.tiny_ltx2 import CONFIGS, random_weight, tiny_modules
 from raydiff.request import ModelInfo, RenderRequest, VideoModel
 from raydiff.video_settings import VideoMode, VideoSettings

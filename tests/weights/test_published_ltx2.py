@@ -13,7 +13,7 @@ from raydiff.models.ltx2.connectors import LTX2ConnectorsConfig
 from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
 from raydiff.models.ltx2.video_vae_config import LTX2VideoVAEConfig
 from raydiff.models.ltx2.vocoder_config import VocoderConfig, VocoderWithBWEConfig
-from raydiff.pipelines.ltx2_modules import BUILDERS
+from raydiff.pipelines.ltx2.modules import BUILDERS
 from raydiff.weights.checkpoint import open_checkpoint
 from raydiff.weights.published_ltx2 import PUBLISHED_LTX2, LTX2Version
 from tests.weights.original import write_header_only

@@ -19,7 +19,6 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from raydiff.output.atomic import disk_error, replace_file
-from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import IMAGE_FORMATS
 from raydiff.output.media_files import (
     MEDIA_COLUMNS,
@@ -31,6 +30,7 @@ from raydiff.output.media_files import (
 )
 from raydiff.output.media_store import REQUEST_ID
 from raydiff.output.storage import Storage, open_storage
+from raydiff.output.video.clip_reader import open_clip
 
 SIZE = 256
 QUALITY = 80

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raydiff.output.audio import Audio
+from raydiff.output.video.audio import Audio
 
 Frame = NDArray[np.uint8]
 """(H, W, 3), contiguous."""

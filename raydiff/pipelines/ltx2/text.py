@@ -11,7 +11,7 @@ from raydiff.gemma_tokenizer import GemmaTokenizer
 from raydiff.memory.residency import Residency
 from raydiff.models.gemma3 import Gemma3TextEncoder
 from raydiff.models.ltx2.connectors import LTX2Connectors, TextEmbeds
-from raydiff.pipelines.ltx2_components import LTX2Components
+from raydiff.pipelines.ltx2.components import LTX2Components
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 
 

@@ -3,12 +3,12 @@
 import json
 from typing import Any, BinaryIO
 
-from raydiff.output.export_rows import Chunk, ExportRows
-from raydiff.output.export_targets import ShardLimits, Target
+from raydiff.output.export.rows import Chunk, ExportRows
+from raydiff.output.export.targets import ShardLimits, Target
 from raydiff.output.rows_file import plain
+from raydiff.output.shards.samples import END_OF_TAR, json_bytes, sample_bytes, text_bytes
 from raydiff.output.staged_file import StagedFile
 from raydiff.output.storage import Storage
-from raydiff.output.tar_samples import END_OF_TAR, json_bytes, sample_bytes, text_bytes
 
 
 class TarTarget(Target):

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from raydiff.errors import OutputError
 from raydiff.output.atomic import disk_error
-from raydiff.output.dataset_card import dataset_card
-from raydiff.output.export_folder import FolderTarget
-from raydiff.output.export_parquet import ParquetTarget
-from raydiff.output.export_rows import CHUNK_BYTES, ExportRows
-from raydiff.output.export_tar import TarTarget
-from raydiff.output.export_targets import ShardLimits, Target
+from raydiff.output.export.dataset_card import dataset_card
+from raydiff.output.export.folder import FolderTarget
+from raydiff.output.export.parquet import ParquetTarget
+from raydiff.output.export.rows import CHUNK_BYTES, ExportRows
+from raydiff.output.export.tar import TarTarget
+from raydiff.output.export.targets import ShardLimits, Target
 from raydiff.output.run_file import read_run
 from raydiff.output.storage import Storage, open_storage
 

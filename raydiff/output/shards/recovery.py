@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raydiff.output.tar_samples import Sample, read_samples
+from raydiff.output.shards.samples import Sample, read_samples
 from raydiff.request import RenderResult
 
 TOLD_IN_SAMPLES = (

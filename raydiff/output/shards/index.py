@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from raydiff.errors import OutputError
-from raydiff.output.tar_samples import json_bytes
+from raydiff.output.shards.samples import json_bytes
 from raydiff.request import RenderResult
 
 SHARDS_DIR = "shards"

@@ -16,12 +16,6 @@ from numpy.typing import NDArray
 from raydiff.config import OutputConfig
 from raydiff.errors import RowError
 from raydiff.output.atomic import REMEDIES, disk_error
-from raydiff.output.audio import fit_audio
-from raydiff.output.clip import Clip, Frame, iterate_frames
-from raydiff.output.clip_files import sound_name
-from raydiff.output.encoders import check_encoders
-from raydiff.output.frame_folder import write_frames
-from raydiff.output.gif import encode_gif
 from raydiff.output.media_files import FRAMES_INDEX
 from raydiff.output.media_store import (
     VIDEOS_DIR,
@@ -30,8 +24,14 @@ from raydiff.output.media_store import (
     media_path,
 )
 from raydiff.output.storage import Storage
-from raydiff.output.video_encoder import encode_video
-from raydiff.output.wav import encode_wav
+from raydiff.output.video.audio import fit_audio
+from raydiff.output.video.clip import Clip, Frame, iterate_frames
+from raydiff.output.video.clip_files import sound_name
+from raydiff.output.video.encode import encode_video
+from raydiff.output.video.encoders import check_encoders
+from raydiff.output.video.frame_folder import write_frames
+from raydiff.output.video.gif import encode_gif
+from raydiff.output.video.wav import encode_wav
 from raydiff.video_codecs import rate_problem
 
 T = TypeVar("T")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from raydiff.output.clip_reader import open_clip
 from raydiff.output.frames import Pixels, read_image
 from raydiff.output.media_files import MediaError, describe_media, is_clip, media_name, open_media
-from raydiff.output.sheet_grid import Row
+from raydiff.output.sheet.grid import Row
 from raydiff.output.storage import Storage
+from raydiff.output.video.clip_reader import open_clip
 
 Box = tuple[int, int]
 

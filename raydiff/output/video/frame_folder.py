@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from raydiff.config import OutputConfig
-from raydiff.output.clip import Clip, Frame
 from raydiff.output.media import encode_image
 from raydiff.output.media_store import MediaStore
+from raydiff.output.video.clip import Clip, Frame
 
 
 def write_frames(

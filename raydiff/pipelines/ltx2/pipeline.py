@@ -19,12 +19,12 @@ from raydiff.memory.profiles import Profile
 from raydiff.memory.residency import Residency
 from raydiff.models.ltx2.rope import LatentSize
 from raydiff.models.ltx2.vocoder import Vocoder, VocoderWithBWE
-from raydiff.output.audio import Audio
+from raydiff.output.video.audio import Audio
 from raydiff.pipelines.base import Decoded, Denoised, Pipeline, joined
-from raydiff.pipelines.ltx2_components import ClipLatents, LTX2Components, LTX2Embeds, unpack
-from raydiff.pipelines.ltx2_decoder import ClipDecoder
-from raydiff.pipelines.ltx2_denoise import Denoising
-from raydiff.pipelines.ltx2_text import GemmaTexts
+from raydiff.pipelines.ltx2.components import ClipLatents, LTX2Components, LTX2Embeds, unpack
+from raydiff.pipelines.ltx2.decoder import ClipDecoder
+from raydiff.pipelines.ltx2.denoise import Denoising
+from raydiff.pipelines.ltx2.text import GemmaTexts
 from raydiff.pipelines.prompt_cache import EncodedPrompt, PromptCache
 from raydiff.pipelines.stable_diffusion import ATTENTION_BACKENDS
 from raydiff.pipelines.text_backends import UNREAD, TextBackend

@@ -15,9 +15,8 @@ from raydiff.models.ltx2.connectors import LTX2ConnectorsConfig
 from raydiff.models.ltx2.transformer import LTX2Transformer
 from raydiff.models.ltx2.vocoder import build_vocoder
 from raydiff.pipelines.loading import Loading, check_tokenizer, is_on_gpu
-from raydiff.pipelines.ltx2 import LTX2Pipeline
-from raydiff.pipelines.ltx2_components import LTX2Components
-from raydiff.pipelines.ltx2_modules import (
+from raydiff.pipelines.ltx2.components import LTX2Components
+from raydiff.pipelines.ltx2.modules import (
     build_audio_vae,
     build_connectors,
     build_text_encoder,
@@ -25,6 +24,7 @@ from raydiff.pipelines.ltx2_modules import (
     build_upsampler,
     build_vae,
 )
+from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from raydiff.pipelines.text_backends import FeatureSpec, TextBackend, text_backend
 from raydiff.weights.fp8 import fp8_layers
 

@@ -6,8 +6,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from raydiff.output.audio import Audio
 from raydiff.output.media_files import MediaError
+from raydiff.output.video.audio import Audio
 
 FULL_SCALE = 32768
 """What a sample of 1.0 is in 16 bits; readers divide by it."""

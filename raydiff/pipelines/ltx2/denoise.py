@@ -18,10 +18,10 @@ from raydiff.memory.residency import Residency
 from raydiff.models.ltx2.connectors import TextEmbeds
 from raydiff.models.ltx2.rope import LatentSize
 from raydiff.models.ltx2.transformer import LTX2Context, LTX2Transformer
-from raydiff.pipelines.ltx2_components import LTX2Components, LTX2Embeds, pack, unpack
-from raydiff.pipelines.ltx2_first_frame import fit_first_frame, read_first_frame
-from raydiff.pipelines.ltx2_guided import GuidedTransformer, negative_rows
-from raydiff.pipelines.ltx2_text import connect_texts
+from raydiff.pipelines.ltx2.components import LTX2Components, LTX2Embeds, pack, unpack
+from raydiff.pipelines.ltx2.first_frame import fit_first_frame, read_first_frame
+from raydiff.pipelines.ltx2.guided import GuidedTransformer, negative_rows
+from raydiff.pipelines.ltx2.text import connect_texts
 from raydiff.request import RenderRequest, row_guidance
 from raydiff.video_settings import RowGuidance, VideoSettings
 

@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 
 from raydiff.errors import ConfigError
-from raydiff.output.export_parquet import ParquetFile
-from raydiff.output.export_rows import Chunk, ExportRows
-from raydiff.output.export_targets import ShardLimits, Target, free_names
+from raydiff.output.export.parquet import ParquetFile
+from raydiff.output.export.rows import Chunk, ExportRows
+from raydiff.output.export.targets import ShardLimits, Target, free_names
 from raydiff.output.staged_file import StagedFile
 from raydiff.output.storage import Storage
 

@@ -6,9 +6,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from raydiff.output.shard_index import ShardHeader, index_bytes
+from raydiff.output.shards.index import ShardHeader, index_bytes
+from raydiff.output.shards.samples import BLOCK_BYTES, END_OF_TAR
 from raydiff.output.storage import Storage
-from raydiff.output.tar_samples import BLOCK_BYTES, END_OF_TAR
 from raydiff.request import RenderResult
 
 

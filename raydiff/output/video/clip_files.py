@@ -11,7 +11,7 @@ from typing import Any
 
 from raydiff.output.media_files import MediaError, is_frames_index, read_media
 from raydiff.output.storage import Storage
-from raydiff.output.wav import read_wav
+from raydiff.output.video.wav import read_wav
 
 FRAME_NAME = re.compile(r"\d{5,}\.png")
 

@@ -23,10 +23,10 @@ from av.video.reformatter import (
 )
 
 from raydiff.config import OutputConfig
-from raydiff.output.audio import Audio, fit_audio
-from raydiff.output.clip import Clip, Frame
-from raydiff.output.encoders import choose_codec, encoder_options
 from raydiff.output.media import metadata_json
+from raydiff.output.video.audio import Audio, fit_audio
+from raydiff.output.video.clip import Clip, Frame
+from raydiff.output.video.encoders import choose_codec, encoder_options
 from raydiff.video_codecs import CODECS, SOUND_ENCODERS
 
 PIXEL_FORMAT = "yuv420p"

@@ -12,7 +12,7 @@ from typing import Self
 
 import pyarrow as pa
 
-from raydiff.output.export_rows import Chunk, ExportRows
+from raydiff.output.export.rows import Chunk, ExportRows
 from raydiff.output.storage import Storage
 
 

@@ -13,10 +13,10 @@ from pathlib import Path, PurePath
 from PIL import Image, ImageDraw
 
 from raydiff.errors import ConfigError
-from raydiff.output.lettering import Colour, Lettering, Paragraph
 from raydiff.output.media_files import is_clip
-from raydiff.output.pictures import Box, Picture, fitted_size, make_picture, strip_size
-from raydiff.output.sheet_grid import COMPARED_COLUMNS, Cell, Row, SheetGrid, label
+from raydiff.output.sheet.grid import COMPARED_COLUMNS, Cell, Row, SheetGrid, label
+from raydiff.output.sheet.lettering import Colour, Lettering, Paragraph
+from raydiff.output.sheet.pictures import Box, Picture, fitted_size, make_picture, strip_size
 from raydiff.output.storage import Storage, open_storage
 
 PAGE_SIZE = 3200

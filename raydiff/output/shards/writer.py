@@ -24,11 +24,9 @@ from numpy.typing import NDArray
 from raydiff.config import OutputConfig
 from raydiff.errors import DiskError, EngineError
 from raydiff.output.atomic import disk_error
-from raydiff.output.audio import Audio
 from raydiff.output.media import encode_image
 from raydiff.output.media_files import is_clip
-from raydiff.output.open_shard import OpenShard, temporary_index
-from raydiff.output.shard_index import (
+from raydiff.output.shards.index import (
     HEADER_BYTES,
     SHARDS_DIR,
     DamagedIndexError,
@@ -39,9 +37,11 @@ from raydiff.output.shard_index import (
     read_index,
     shard_name,
 )
-from raydiff.output.shard_recovery import TOLD_IN_SAMPLES, find_samples
+from raydiff.output.shards.open_shard import OpenShard, temporary_index
+from raydiff.output.shards.recovery import TOLD_IN_SAMPLES, find_samples
+from raydiff.output.shards.samples import json_bytes, sample_bytes, text_bytes
 from raydiff.output.storage import Storage, open_storage
-from raydiff.output.tar_samples import json_bytes, sample_bytes, text_bytes
+from raydiff.output.video.audio import Audio
 from raydiff.output.writer import clip_of, request_metadata
 from raydiff.request import RenderRequest, RenderResult
 
@@ -118,7 +118,10 @@ class ShardWriter:
         if request.video is None:
             media = encode_image(pixels, config=self._config, metadata=metadata)
             return _Encoded(self._config.image, media)
-        from raydiff.output.video import encode_clip, encode_sound  # takes what only clips need
+        from raydiff.output.video.writer import (  # takes what only clips need
+            encode_clip,
+            encode_sound,
+        )
 
         clip = clip_of(request, request.video, audio, metadata)
         return _Encoded(

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raydiff.output.clip import Clip, Frame
 from raydiff.output.media import metadata_json
+from raydiff.output.video.clip import Clip, Frame
 
 PALETTE_PIXELS = 24_576
 HEADER_BYTES = 13

@@ -6,9 +6,9 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiff.output.dataset_card import MEDIA_TYPE
-from raydiff.output.export_rows import Chunk, ExportRows, Sample
-from raydiff.output.export_targets import ShardLimits, Target, free_names
+from raydiff.output.export.dataset_card import MEDIA_TYPE
+from raydiff.output.export.rows import Chunk, ExportRows, Sample
+from raydiff.output.export.targets import ShardLimits, Target, free_names
 from raydiff.output.media_files import is_video
 from raydiff.output.staged_file import StagedFile
 from raydiff.output.storage import Storage

@@ -9,8 +9,6 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from raydiff.output.audio import Audio
-from raydiff.output.clip_files import frame_rows, sound_name
 from raydiff.output.frames import (
     Pixels,
     as_media_errors,
@@ -22,7 +20,9 @@ from raydiff.output.frames import (
 )
 from raydiff.output.media_files import MediaError, is_frames_index, open_media
 from raydiff.output.storage import Storage, open_storage
-from raydiff.output.wav import read_wav
+from raydiff.output.video.audio import Audio
+from raydiff.output.video.clip_files import frame_rows, sound_name
+from raydiff.output.video.wav import read_wav
 
 Row = Mapping[str, Any]
 STILL = 3

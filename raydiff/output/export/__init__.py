@@ -1,0 +1,1 @@
+"""A run as a dataset that other libraries load: WebDataset, folders, Parquet."""

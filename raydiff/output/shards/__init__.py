@@ -1,0 +1,1 @@
+"""Images and clips as samples in tars, as WebDataset reads them."""

@@ -1,0 +1,1 @@
+"""LTX-2: prompts and first frames to clips with sound."""
