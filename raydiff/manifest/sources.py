@@ -210,7 +210,9 @@ def _read_tsv(stream: Any) -> Iterator[pa.RecordBatch]:
 def _read_delimited(stream: Any, options: Any) -> Iterator[pa.RecordBatch]:
     """Yield every value as text, an empty one as null; columns without a name are left out."""
     block = pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
-    names = pacsv.open_csv(stream, block, options).schema.names
+    # Of a copy: a reader reads ahead in a thread of its own, and would take blocks of the next one.
+    head = pa.BufferReader(stream.read(2 * BLOCK_BYTES))
+    names = pacsv.open_csv(head, block, options).schema.names
     for name in names:
         if name and names.count(name) > 1:
             raise pa.ArrowInvalid(f"column {quoted(name)} is there more than once")

@@ -2,14 +2,19 @@
 
 import json
 import random
+import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from raydiff.errors import ManifestError
+from raydiff.manifest import sources
 from raydiff.manifest.sources import open_source
 
 
@@ -121,6 +126,22 @@ def test_reading_takes_little_memory(tmp_path: Path) -> None:
     before = pa.total_allocated_bytes()
     peak = max(pa.total_allocated_bytes() for _ in open_source(str(path)).batches())
     assert peak - before < 45e6  # Arrow reads 32 blocks of 1 MiB ahead
+
+
+def test_every_row_is_read_where_reading_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = "n,prompt\n" + "".join(f"{i},prompt {i}\n" for i in range(20_000))
+    with fsspec.open("memory://slow/p.csv", "w") as file:
+        file.write(content)
+
+    def read(file: MemoryFile, size: int = -1) -> bytes:
+        time.sleep(0.001)
+        return BytesIO.read(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", read, raising=False)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 16_384)
+    source = open_source("memory://slow/p.csv")
+    assert source.num_rows == 20_000
+    assert [n for _, batch in source.batches() for n in batch["n"].to_pylist()] == [*range(20_000)]
 
 
 @pytest.mark.parametrize(
