@@ -137,6 +137,7 @@ def run_manifest(
             run.storage, extra_schema=extra_schema(manifest), config=config.output, lock=run.lock
         )
         session = _Session(run, ledger, workplace, config=config, on_warning=on_warning)
+        stack.callback(session.log.release)  # where `on_progress` raises, say
         driver = session.driver(
             manifest,
             models,
@@ -189,10 +190,10 @@ class _Session:
         self.summary = SummaryObserver(num_write_threads=num_threads)
         about = run.file.sessions[-1].model_dump(exclude={"epoch"})
         number = {role: stage.num_workers for role, stage in workplace.layout.by_role.items()}
-        log = RunLog(run.storage, run.lock.epoch, session={**about, "workers": number})
+        self.log = RunLog(run.storage, run.lock.epoch, session={**about, "workers": number})
         name = PurePosixPath(run.out).name
         metrics = MetricsObserver(partial(workplace.session.metrics, run=name))
-        self.observers = Observers([self.summary, log, metrics])
+        self.observers = Observers([self.summary, self.log, metrics])
         for warning in filter(None, [*ledger.warnings, run.lock.warning]):
             self.observers.warning(warning)
             if on_warning is not None:

@@ -147,6 +147,10 @@ class RunLog:
 
     def close(self, summary: Mapping[str, Any]) -> None:
         self._write("session_ended", **summary)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the file, also where nobody told how the session ended."""
         self._lines.close()
 
     def _worker_failed(self, event: WorkerFailed) -> None:

@@ -208,6 +208,18 @@ def test_a_renderer_that_cannot_start_ends_the_run(
     assert read_results(out).num_rows == 0
 
 
+def test_an_error_of_the_callers_own_leaves_no_file_open(
+    tmp_path: Path, write_prompts: WritePrompts, drive: Drive
+) -> None:
+    def fail(progress: Progress) -> None:
+        raise KeyError("a caller's own mistake")
+
+    manifest, out, log = write_prompts(["a"]), tmp_path / "out", tmp_path / "renders.log"
+    with pytest.raises(KeyError, match="own mistake"):
+        drive(manifest, out, log, on_progress=fail)
+    assert not [one for one in psutil.Process().open_files() if one.path.startswith(str(out))]
+
+
 def test_a_disk_that_fails_ends_the_run_and_it_can_be_continued(
     tmp_path: Path, write_prompts: WritePrompts, drive: Drive
 ) -> None:
