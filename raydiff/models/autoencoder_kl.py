@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydiff.errors import ModelError
-from raydiff.models.feature_map import add_maps, enlarge_nearest
+from raydiff.models.feature_map import add_maps, enlarge_nearest, use_channels_last
 from raydiff.models.group_norm import GroupNorm
+from raydiff.models.resnet import take_bias
 from raydiff.models.tokens import PointwiseConv, to_image, to_tokens
 
 NORM_EPS = 1e-6
@@ -218,10 +219,8 @@ class AutoencoderKL(nn.Module):
                 module.fuse_projections()
             elif isinstance(module, ResnetBlock):
                 module.fold_biases()
-            elif isinstance(module, nn.Conv2d) and channels_last:
-                module.weight.data = module.weight.data.contiguous(
-                    memory_format=torch.channels_last
-                )
+        if channels_last:
+            use_channels_last(self)
 
 
 def sample(moments: Moments, noise: Tensor) -> Tensor:
@@ -401,12 +400,7 @@ class ResnetBlock(nn.Module):
         if self.conv1.bias is not None:
             self.conv1_bias, self.conv1.bias = self.conv1.bias, None
         if self.conv2.bias is not None:
-            shortcut = self.conv_shortcut
-            if shortcut is None or shortcut.bias is None:
-                self.conv2_bias = self.conv2.bias
-            else:
-                shortcut.bias = nn.Parameter(shortcut.bias + self.conv2.bias, requires_grad=False)
-            self.conv2.bias = None
+            self.conv2_bias = take_bias(self.conv2, self.conv_shortcut)
 
 
 class Attention(nn.Module):

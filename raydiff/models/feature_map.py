@@ -3,9 +3,16 @@ where torch's kernels for a bias and for nearest neighbours run far below the me
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from raydiff.models.triton_support import can_run_triton
+
+
+def use_channels_last(module: nn.Module) -> None:
+    """Order the weights of convolutions as tensor cores read them, in place."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def add_maps(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:

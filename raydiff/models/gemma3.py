@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydiff.errors import ModelError
+from raydiff.models.options import check_options, positive
 
+COMPONENT = "text_encoder"
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -53,10 +55,10 @@ class Gemma3Config:
         Raises ModelError for another model, and for an option that we do not run.
         """
         text = {**_DEFAULTS, **config.get("text_config", config)}
-        _check_options(text)
+        check_options(COMPONENT, text, accepted=_ACCEPTED)
         rope, sliding_rope = _ropes(text)
         result = cls(
-            **{name: _positive(text, name) for name in _SIZES},
+            **{name: positive(COMPONENT, text, name) for name in _SIZES},
             rms_norm_eps=text["rms_norm_eps"],
             query_pre_attn_scalar=text["query_pre_attn_scalar"],
             is_sliding=_sliding_layers(text),
@@ -309,21 +311,6 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
 """Options of which we run only these values."""
 
 
-def _check_options(text: Mapping[str, Any]) -> None:
-    for name, accepted in _ACCEPTED.items():
-        value = text.get(name, accepted[0])
-        if value not in accepted:
-            known = " or ".join(map(repr, accepted))
-            raise ModelError(f"Gemma 3 config: {name} is {value!r}; only {known} can be run")
-
-
-def _positive(text: Mapping[str, Any], name: str) -> int:
-    value = text[name]
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"Gemma 3 config: {name} is {value!r}; expected a positive integer")
-    return value
-
-
 def _sliding_layers(text: Mapping[str, Any]) -> tuple[bool, ...]:
     """From `layer_types`, or by the older rule that every 6th layer is a full one."""
     num_layers = text["num_hidden_layers"]
@@ -333,8 +320,8 @@ def _sliding_layers(text: Mapping[str, Any]) -> tuple[bool, ...]:
         return tuple((index + 1) % pattern != 0 for index in range(num_layers))
     if len(types) != num_layers or not {*types} <= {SLIDING, FULL}:
         raise ModelError(
-            f"Gemma 3 config: layer_types is {types!r}; expected {SLIDING} or {FULL} for each of "
-            f"the {num_layers} layers"
+            f"{COMPONENT} config: layer_types is {types!r}; expected {SLIDING} or {FULL} for each "
+            f"of the {num_layers} layers"
         )
     return tuple(name == SLIDING for name in types)
 
@@ -355,7 +342,7 @@ def _rope(parameters: Mapping[str, Any]) -> Rope:
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if rope_type not in ("default", "linear"):
         raise ModelError(
-            f"Gemma 3 config: rope_type is {rope_type!r}; only 'default' or 'linear' can be run"
+            f"{COMPONENT} config: rope_type is {rope_type!r}; only 'default' or 'linear' can be run"
         )
     factor = parameters.get("factor", 1.0) if rope_type == "linear" else 1.0
     return Rope(theta=parameters["rope_theta"], factor=factor)
@@ -364,8 +351,8 @@ def _rope(parameters: Mapping[str, Any]) -> Rope:
 def _check_sizes(config: Gemma3Config) -> None:
     if config.num_attention_heads % config.num_key_value_heads:
         raise ModelError(
-            f"Gemma 3 config: num_attention_heads is {config.num_attention_heads}; it must be a "
-            f"multiple of num_key_value_heads, {config.num_key_value_heads}"
+            f"{COMPONENT} config: num_attention_heads is {config.num_attention_heads}; it must be "
+            f"a multiple of num_key_value_heads, {config.num_key_value_heads}"
         )
     if config.head_dim % 2:
-        raise ModelError(f"Gemma 3 config: head_dim is {config.head_dim}; it must be even")
+        raise ModelError(f"{COMPONENT} config: head_dim is {config.head_dim}; it must be even")

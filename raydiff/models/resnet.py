@@ -43,12 +43,17 @@ class ResnetBlock(nn.Module):
             self.time_emb_proj.bias.add_(self.conv1.bias)
             self.conv1.bias = None
         if self.conv2.bias is not None:
-            shortcut = self.conv_shortcut
-            if shortcut is None or shortcut.bias is None:
-                self.conv2_bias = self.conv2.bias
-            else:
-                shortcut.bias = nn.Parameter(shortcut.bias + self.conv2.bias, requires_grad=False)
-            self.conv2.bias = None
+            self.conv2_bias = take_bias(self.conv2, self.conv_shortcut)
+
+
+def take_bias(conv: nn.Conv2d, shortcut: PointwiseConv | None) -> Tensor | None:
+    """Take the bias of a residual's last convolution to its shortcut; return it where there is no
+    bias to add it to."""
+    bias, conv.bias = conv.bias, None
+    if bias is None or shortcut is None or shortcut.bias is None:
+        return bias
+    shortcut.bias = nn.Parameter(shortcut.bias + bias, requires_grad=False)
+    return None
 
 
 class Downsample(nn.Module):

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raydiff.errors import ModelError, nearest
+from raydiff.errors import ModelError
 from raydiff.models.attention import CrossAttention, SelfAttention, SpatialTransformer
+from raydiff.models.feature_map import use_channels_last
 from raydiff.models.group_norm import GroupNorm
+from raydiff.models.options import check_options, positive
 from raydiff.models.resnet import Downsample, ResnetBlock, Upsample
 
 
@@ -43,11 +45,11 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a diffusers `unet/config.json`; an option we do not run is a ModelError."""
-        _check_options(config)
+        check_options("unet", config, known=(*_DEFAULTS, *_WITHOUT_EFFECT), accepted=_ACCEPTED)
         options = {**_DEFAULTS, **config}
         result = cls(
-            in_channels=_positive(options, "in_channels"),
-            out_channels=_positive(options, "out_channels"),
+            in_channels=positive("unet", options, "in_channels"),
+            out_channels=positive("unet", options, "out_channels"),
             block_out_channels=_per_level(options, "block_out_channels"),
             has_attention=_attention_levels(options),
             # Misnamed there: `attention_head_dim` is the number of heads.
@@ -56,7 +58,7 @@ class UNetConfig:
             layers_per_block=_same_everywhere(options, "layers_per_block"),
             cross_attention_dim=_same_everywhere(options, "cross_attention_dim"),
             use_linear_projection=options["use_linear_projection"],
-            norm_num_groups=_positive(options, "norm_num_groups"),
+            norm_num_groups=positive("unet", options, "norm_num_groups"),
             norm_eps=options["norm_eps"],
             addition_time_embed_dim=_text_time_width(options, "addition_time_embed_dim"),
             addition_embed_dim=_text_time_width(options, "projection_class_embeddings_input_dim"),
@@ -183,10 +185,8 @@ class UNet(nn.Module):
                 module.fuse_projections()
             elif isinstance(module, ResnetBlock):
                 module.fold_biases()
-            elif isinstance(module, nn.Conv2d) and channels_last:
-                module.weight.data = module.weight.data.contiguous(
-                    memory_format=torch.channels_last
-                )
+        if channels_last:
+            use_channels_last(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -404,26 +404,13 @@ _WITHOUT_EFFECT = ("sample_size", "dropout", "upcast_attention", "addition_embed
 """Not used in inference, or not by text_time; attention is always softmaxed in fp32."""
 
 
-def _check_options(config: Mapping[str, Any]) -> None:
-    for name, value in config.items():
-        if name in _ACCEPTED:
-            accepted = _ACCEPTED[name]
-            values = value if isinstance(value, list | tuple) else [value]
-            if not all(item in accepted for item in values):
-                known = " or ".join(map(repr, accepted))
-                raise ModelError(f"UNet config: {name} is {value!r}; only {known} can be run")
-        elif name not in _DEFAULTS and name not in _WITHOUT_EFFECT and not name.startswith("_"):
-            known_names = [*_DEFAULTS, *_ACCEPTED, *_WITHOUT_EFFECT]
-            raise ModelError(f"UNet config: {name} is not an option. {nearest(name, known_names)}")
-
-
 def _attention_levels(options: Mapping[str, Any]) -> tuple[bool, ...]:
     types = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
     has_attention = []
     for name in options["down_block_types"]:
         if name not in types:
             raise ModelError(
-                f"UNet config: down_block_types has {name!r}; only {' and '.join(types)} can be run"
+                f"unet config: down_block_types has {name!r}; only {' and '.join(types)} can be run"
             )
         has_attention.append(types[name])
     mirrored = [
@@ -431,7 +418,7 @@ def _attention_levels(options: Mapping[str, Any]) -> tuple[bool, ...]:
     ]
     if list(options["up_block_types"]) != mirrored:
         raise ModelError(
-            f"UNet config: up_block_types is {list(options['up_block_types'])}; it must mirror "
+            f"unet config: up_block_types is {list(options['up_block_types'])}; it must mirror "
             f"down_block_types: {mirrored}"
         )
     return tuple(has_attention)
@@ -444,7 +431,7 @@ def _per_level(options: Mapping[str, Any], name: str) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
     if len(values) != levels or not all(isinstance(item, int) and item > 0 for item in values):
         raise ModelError(
-            f"UNet config: {name} is {value!r}; expected a positive integer, or one for each of "
+            f"unet config: {name} is {value!r}; expected a positive integer, or one for each of "
             f"the {levels} block_out_channels"
         )
     return values
@@ -454,7 +441,7 @@ def _same_everywhere(options: Mapping[str, Any], name: str) -> int:
     values = _per_level(options, name)
     if len(set(values)) > 1:
         raise ModelError(
-            f"UNet config: {name} is {options[name]!r}; only one value for all levels can be run"
+            f"unet config: {name} is {options[name]!r}; only one value for all levels can be run"
         )
     return values[0]
 
@@ -464,16 +451,9 @@ def _text_time_width(options: Mapping[str, Any], name: str) -> int | None:
         return None
     if not isinstance(options[name], int):
         raise ModelError(
-            f"UNet config: {name} is {options[name]!r}; addition_embed_type text_time needs a width"
+            f"unet config: {name} is {options[name]!r}; addition_embed_type text_time needs a width"
         )
     return options[name]
-
-
-def _positive(options: Mapping[str, Any], name: str) -> int:
-    value = options[name]
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"UNet config: {name} is {value!r}; expected a positive integer")
-    return value
 
 
 def _check_divisible(config: UNetConfig) -> None:
@@ -485,5 +465,5 @@ def _check_divisible(config: UNetConfig) -> None:
         for name, number in parts.items():
             if channels % number:
                 raise ModelError(
-                    f"UNet config: {name} is {number}; it must divide block_out_channels {channels}"
+                    f"unet config: {name} is {number}; it must divide block_out_channels {channels}"
                 )

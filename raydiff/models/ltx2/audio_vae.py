@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raydiff.errors import ModelError
 from raydiff.models.autoencoder_kl import Moments
-from raydiff.models.ltx2.options import check_options, check_positive
+from raydiff.models.options import check_options, check_positive
 
 DOWNSCALE = 4
 """Mel frames, and mel bins, of one latent: fixed by the checkpoints, whatever `ch_mult` says."""

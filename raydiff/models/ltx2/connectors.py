@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raydiff.errors import ModelError, nearest
+from raydiff.errors import ModelError
 from raydiff.models.ltx2.attention import SelfAttention
 from raydiff.models.ltx2.rope import Rotation
 from raydiff.models.ltx2.transformer_block import FeedForward
+from raydiff.models.options import check_options, positive
 
+COMPONENT = "connectors"
 NORM_EPS = 1e-6
 RANGE_GAIN = 8.0
 """LTX-2.0 spreads each layer's states over a range of this width."""
@@ -61,8 +63,11 @@ class LTX2ConnectorsConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a diffusers `connectors/config.json`; an option we do not run is a ModelError."""
-        _check_options(config)
+        check_options(COMPONENT, config, known=(*_DEFAULTS, *_WITHOUT_EFFECT), accepted=_ACCEPTED)
         options = {**_DEFAULTS, **config}
+        for name, default in _DEFAULTS.items():
+            if type(default) is int:
+                positive(COMPONENT, options, name)
         result = cls(
             hidden_size=options["caption_channels"],
             num_hidden_states=options["text_proj_in_factor"],
@@ -302,29 +307,11 @@ _DEFAULTS: dict[str, Any] = {
 _WITHOUT_EFFECT = ("causal_temporal_positioning",)
 """Written by diffusers and read by none of its code."""
 
-
-def _check_options(config: Mapping[str, Any]) -> None:
-    class_name = config.get("_class_name", "LTX2TextConnectors")
-    if class_name != "LTX2TextConnectors":
-        raise ModelError(
-            f"LTX-2 connectors config: _class_name is {class_name}; only LTX2TextConnectors can "
-            "be run"
-        )
-    for name in config:
-        if name not in _DEFAULTS and name not in _WITHOUT_EFFECT and not name.startswith("_"):
-            known = nearest(name, [*_DEFAULTS, *_WITHOUT_EFFECT])
-            raise ModelError(f"LTX-2 connectors config: {name} is not an option. {known}")
-    if config.get("rope_type", "split") not in ("split", "interleaved"):
-        raise ModelError(
-            f"LTX-2 connectors config: rope_type is {config['rope_type']!r}; only 'split' or "
-            "'interleaved' can be run"
-        )
-    for name, default in _DEFAULTS.items():
-        value = config.get(name, default)
-        if type(default) is int and (type(value) is not int or value < 1):
-            raise ModelError(
-                f"LTX-2 connectors config: {name} is {value!r}; expected a positive integer"
-            )
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("LTX2TextConnectors",),
+    "rope_type": ("split", "interleaved"),
+}
+"""Options of which we run only these values."""
 
 
 def _connector_config(options: Mapping[str, Any], stream: str) -> ConnectorConfig:
@@ -344,11 +331,11 @@ def _check_widths(options: Mapping[str, Any], config: LTX2ConnectorsConfig) -> N
         name = f"{stream}_hidden_dim" if is_own else "caption_channels"
         if options[name] != own.dim:
             raise ModelError(
-                f"LTX-2 connectors config: {name} is {options[name]}; it must be the width of the "
+                f"{COMPONENT} config: {name} is {options[name]}; it must be the width of the "
                 f"{stream} connector, {own.num_heads} heads of {own.head_dim}"
             )
         if own.head_dim % 2:
             raise ModelError(
-                f"LTX-2 connectors config: {stream}_connector_attention_head_dim is "
+                f"{COMPONENT} config: {stream}_connector_attention_head_dim is "
                 f"{own.head_dim}; it must be even"
             )

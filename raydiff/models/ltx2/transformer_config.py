@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from raydiff.errors import ModelError, nearest
+from raydiff.errors import ModelError
+from raydiff.models.options import check_options, positive
+
+COMPONENT = "transformer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,21 +78,21 @@ class LTX2TransformerConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a diffusers `transformer/config.json`; an option we do not run is a ModelError."""
-        _check_options(config)
+        check_options(COMPONENT, config, known=(*_DEFAULTS, *_WITHOUT_EFFECT), accepted=_ACCEPTED)
         options = {**_DEFAULTS, **config}
-        caption_channels = _positive(options, "caption_channels")
+        caption_channels = positive(COMPONENT, options, "caption_channels")
         result = cls(
-            in_channels=_positive(options, "in_channels"),
-            out_channels=_positive(options, "out_channels", instead="in_channels"),
-            num_heads=_positive(options, "num_attention_heads"),
+            in_channels=positive(COMPONENT, options, "in_channels"),
+            out_channels=positive(COMPONENT, options, "out_channels", instead="in_channels"),
+            num_heads=positive(COMPONENT, options, "num_attention_heads"),
             head_dim=_even(options, "attention_head_dim"),
-            audio_in_channels=_positive(options, "audio_in_channels"),
-            audio_out_channels=_positive(
-                options, "audio_out_channels", instead="audio_in_channels"
+            audio_in_channels=positive(COMPONENT, options, "audio_in_channels"),
+            audio_out_channels=positive(
+                COMPONENT, options, "audio_out_channels", instead="audio_in_channels"
             ),
-            audio_num_heads=_positive(options, "audio_num_attention_heads"),
+            audio_num_heads=positive(COMPONENT, options, "audio_num_attention_heads"),
             audio_head_dim=_even(options, "audio_attention_head_dim"),
-            num_layers=_positive(options, "num_layers"),
+            num_layers=positive(COMPONENT, options, "num_layers"),
             norm_eps=options["norm_eps"],
             caption_channels=caption_channels if options["use_prompt_embeddings"] else None,
             has_gated_attention=_same_in_both(options, "gated_attn"),
@@ -103,15 +106,15 @@ class LTX2TransformerConfig:
             rope_type=options["rope_type"],
             rope_theta=options["rope_theta"],
             has_double_precision_rope=options["rope_double_precision"],
-            max_seconds=_positive(options, "pos_embed_max_pos"),
-            audio_max_seconds=_positive(options, "audio_pos_embed_max_pos"),
-            base_height=_positive(options, "base_height"),
-            base_width=_positive(options, "base_width"),
+            max_seconds=positive(COMPONENT, options, "pos_embed_max_pos"),
+            audio_max_seconds=positive(COMPONENT, options, "audio_pos_embed_max_pos"),
+            base_height=positive(COMPONENT, options, "base_height"),
+            base_width=positive(COMPONENT, options, "base_width"),
             vae_scale_factors=_scale_factors(options),
             causal_offset=options["causal_offset"],
-            audio_scale_factor=_positive(options, "audio_scale_factor"),
-            audio_sampling_rate=_positive(options, "audio_sampling_rate"),
-            audio_hop_length=_positive(options, "audio_hop_length"),
+            audio_scale_factor=positive(COMPONENT, options, "audio_scale_factor"),
+            audio_sampling_rate=positive(COMPONENT, options, "audio_sampling_rate"),
+            audio_hop_length=positive(COMPONENT, options, "audio_hop_length"),
         )
         _check_text_widths(options, result)
         return result
@@ -175,28 +178,13 @@ _WITHOUT_EFFECT = ("perturbed_attn",)
 """Says that diffusers may perturb self attention; here any row of any model can ask for it."""
 
 
-def _check_options(config: Mapping[str, Any]) -> None:
-    for name, value in config.items():
-        if name in _ACCEPTED:
-            if value not in _ACCEPTED[name]:
-                known = " or ".join(map(repr, _ACCEPTED[name]))
-                raise ModelError(
-                    f"LTX-2 transformer config: {name} is {value!r}; only {known} can be run"
-                )
-        elif name not in _DEFAULTS and name not in _WITHOUT_EFFECT and not name.startswith("_"):
-            known_names = [*_DEFAULTS, *_ACCEPTED, *_WITHOUT_EFFECT]
-            raise ModelError(
-                f"LTX-2 transformer config: {name} is not an option. {nearest(name, known_names)}"
-            )
-
-
 def _check_text_widths(options: Mapping[str, Any], config: LTX2TransformerConfig) -> None:
     """Text arrives in the width of the stream that attends to it."""
     widths = {"cross_attention_dim": config.dim, "audio_cross_attention_dim": config.audio_dim}
     for name, width in widths.items():
         if options[name] != width:
             raise ModelError(
-                f"LTX-2 transformer config: {name} is {options[name]!r}; only {width}, the number "
+                f"{COMPONENT} config: {name} is {options[name]!r}; only {width}, the number "
                 "of attention heads times their dimension, can be run"
             )
 
@@ -206,7 +194,7 @@ def _same_in_both(options: Mapping[str, Any], name: str) -> bool:
     video, audio = bool(options[name]), bool(options[f"audio_{name}"])
     if video != audio:
         raise ModelError(
-            f"LTX-2 transformer config: audio_{name} is {audio} and {name} is {video}; only one "
+            f"{COMPONENT} config: audio_{name} is {audio} and {name} is {video}; only one "
             "value for both can be run"
         )
     return video
@@ -216,27 +204,15 @@ def _scale_factors(options: Mapping[str, Any]) -> tuple[int, int, int]:
     factors = tuple(options["vae_scale_factors"])
     if len(factors) != 3:
         raise ModelError(
-            f"LTX-2 transformer config: vae_scale_factors is {list(factors)}; expected three "
+            f"{COMPONENT} config: vae_scale_factors is {list(factors)}; expected three "
             "numbers, of frames, rows and columns"
         )
     return factors
 
 
-def _positive(options: Mapping[str, Any], name: str, *, instead: str | None = None) -> int:
-    """The option, or the one named `instead` where it is None."""
-    value = options[name]
-    if value is None and instead is not None:
-        value = options[instead]
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(
-            f"LTX-2 transformer config: {name} is {value!r}; expected a positive integer"
-        )
-    return value
-
-
 def _even(options: Mapping[str, Any], name: str) -> int:
     """A head dimension: rotary positions turn pairs of its channels."""
-    value = _positive(options, name)
+    value = positive(COMPONENT, options, name)
     if value % 2:
-        raise ModelError(f"LTX-2 transformer config: {name} is {value}; it must be even")
+        raise ModelError(f"{COMPONENT} config: {name} is {value}; it must be even")
     return value

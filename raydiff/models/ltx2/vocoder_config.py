@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, Literal
 
 from raydiff.errors import ModelError
-from raydiff.models.ltx2.options import check_options, check_positive
+from raydiff.models.options import check_options, check_positive
 
 _INTEGERS = (
     "in_channels",

@@ -107,9 +107,9 @@ def test_the_norm_divides_by_the_root_mean_square_of_channels():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "AutoencoderKLLTX2Video"}, "_class_name is AutoencoderKLLTX2Video"),
-        ({"norm_type": "group"}, "norm_type is group; only pixel"),
-        ({"causality_axis": "width"}, "causality_axis is width; only height"),
+        ({"_class_name": "AutoencoderKLLTX2Video"}, "_class_name is 'AutoencoderKLLTX2Video'"),
+        ({"norm_type": "group"}, "norm_type is 'group'; only 'pixel'"),
+        ({"causality_axis": "width"}, "causality_axis is 'width'; only 'height'"),
         ({"attn_resolutions": [64]}, r"attn_resolutions is \[64\]"),
         ({"mid_block_add_attention": True}, "mid_block_add_attention is True"),
         ({"double_z": False}, "double_z is False"),

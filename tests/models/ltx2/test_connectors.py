@@ -62,7 +62,7 @@ def test_real_config():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"_class_name": "LTXTextConnectors"}, "_class_name is LTXTextConnectors"),
+        ({"_class_name": "LTXTextConnectors"}, "_class_name is 'LTXTextConnectors'"),
         ({"rope_type": "axial"}, "rope_type is 'axial'; only 'split' or 'interleaved'"),
         ({"video_gated_atn": True}, "video_gated_atn is not an option.*video_gated_attn"),
         ({"video_connector_num_learnable_registers": None}, "registers is None; expected a pos"),

@@ -166,7 +166,7 @@ def test_activations_use_the_checkpoints_filters():
 def test_the_class_name_chooses_the_network():
     assert isinstance(build_vocoder(V20), Vocoder)
     assert isinstance(build_vocoder(V23), VocoderWithBWE)
-    with pytest.raises(ModelError, match="_class_name is Snac; only LTX2Vocoder"):
+    with pytest.raises(ModelError, match="_class_name is 'Snac'; only 'LTX2Vocoder"):
         build_vocoder({**V20, "_class_name": "Snac"})
 
 
@@ -179,18 +179,18 @@ def test_rates_and_lengths():
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (V20, {"act_fn": "snake"}, "act_fn is snake; only leaky_relu or snakebeta"),
+        (V20, {"act_fn": "snake"}, "act_fn is 'snake'; only 'leaky_relu' or 'snakebeta'"),
         (V20, {"act_fn": "snakebeta"}, "act_fn is snakebeta and antialias False"),
-        (V20, {"final_act_fn": "relu"}, "final_act_fn is relu"),
+        (V20, {"final_act_fn": "relu"}, "final_act_fn is 'relu'"),
         (V20, {"in_channel": 128}, 'did you mean "in_channels"?'),
         (V20, {"hidden_channels": 18}, "hidden_channels is 18; .* a multiple of 4"),
-        (V20, {"hidden_channels": "16"}, "hidden_channels is 16; expected positive integers"),
+        (V20, {"hidden_channels": "16"}, "hidden_channels is '16'; expected positive integers"),
         (V20, {"upsample_factors": [3]}, "upsample_kernel_sizes has 2 values and upsample_factors"),
         (V20, {"upsample_factors": [2, 2]}, "upsample_kernel_sizes has 5 for a factor of 2"),
         (V20, {"resnet_kernel_sizes": [4]}, "resnet_kernel_sizes has 4; only odd"),
         (V20, {"resnet_dilations": [[0]]}, r"resnet_dilations is \(0,\)"),
         (V20, {"resnet_dilations": []}, "resnet_kernel_sizes has 1 values and resnet_dilations 0"),
-        (V23, {"bwe_act_fn": "snake"}, "bwe_act_fn is snake; only"),
+        (V23, {"bwe_act_fn": "snake"}, "bwe_act_fn is 'snake'; only"),
         (V23, {"window_length": 12}, "window_length is 12; only 16"),
         (V23, {"filter_length": 20}, "window_length is 16; only 20"),
         (V23, {"hop_length": 20}, "hop_length is 20; it must be no more than filter_length, 16"),
