@@ -298,12 +298,9 @@ class Scheduler:
         self._settle(slot, failures, has_success=num_failed < len(job), num_failures=num_failed)
 
     def _denoise_done(self, slot: Slot, reply: DenoiseReply, now: float) -> None:
-        job = self._stages.take_done(slot, reply.batch_id, now)
-        if not isinstance(job, RowJob):
+        job = self._take_rows(slot, reply, now)
+        if job is None:
             return
-        slot.batch_sizes[job.key] = reply.max_batch_size
-        self._crashes_without_result[slot.place.role] = 0
-        self._stages.let_go(slot.place.role, job)
         rows = {request.request_id: request for request in job.batch.requests}
         denoised = tuple(rows.pop(request_id) for request_id in reply.request_ids)
         results = {result.request_id: result for result in reply.results}
@@ -319,13 +316,20 @@ class Scheduler:
         else:
             self._decisions.append(DropLatents(batch_id=reply.batch_id))
 
-    def _batch_done(self, slot: Slot, reply: BatchReply, now: float) -> None:
+    def _take_rows(self, slot: Slot, reply: DenoiseReply | BatchReply, now: float) -> RowJob | None:
+        """Take the rows that a worker is done with, unless they are no longer its own."""
         job = self._stages.take_done(slot, reply.batch_id, now)
         if not isinstance(job, RowJob):
-            return
+            return None
         slot.batch_sizes[job.key] = reply.max_batch_size
         self._crashes_without_result[slot.place.role] = 0
         self._stages.let_go(slot.place.role, job)
+        return job
+
+    def _batch_done(self, slot: Slot, reply: BatchReply, now: float) -> None:
+        job = self._take_rows(slot, reply, now)
+        if job is None:
+            return
         rows = {request.request_id: request for request in job.batch.requests}
         outcomes = _outcomes(reply.results, rows, slot)
         # A row without a result waits in the worker's open shard, or the disk has failed.
