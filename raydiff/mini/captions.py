@@ -46,13 +46,6 @@ def caption(scene: Scene, rng: np.random.Generator, *, open_share: float = OPEN_
     return _pick(OPENINGS, rng) + body + _background(scene.background, rng)
 
 
-def plain_caption(scene: Scene) -> str:
-    """Describe a scene in full, in the plainest wording: `two small red circles left of a ...`."""
-    parts = [_words(g, NUMBERS[g.count][0], SIZE_WORDS[g.size][0]) for g in scene.groups]
-    joint = " and " if scene.relation is None else f" {RELATION_WORDS[scene.relation][0]} "
-    return joint.join(parts) + BACKGROUND_WORDS[0].format(scene.background)
-
-
 def _group(group: Group, rng: np.random.Generator, open_share: float) -> str:
     return _words(
         group,
@@ -68,8 +61,8 @@ def _words(
     number: str,
     size: str,
     *,
-    is_color_open: bool = False,
-    is_shape_open: bool = False,
+    is_color_open: bool,
+    is_shape_open: bool,
 ) -> str:
     shape = "shape" if is_shape_open else group.shape
     words = [size, "" if is_color_open else group.color, shape + ("s" if group.count > 1 else "")]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raydiff.mini.captions import caption, plain_caption
+from raydiff.mini.captions import caption
 from raydiff.mini.draw import draw, table
 from raydiff.mini.measure import background_name, find_objects, score
 from raydiff.mini.scenes import (
@@ -165,19 +165,6 @@ def test_captions_say_all_there_is_unless_left_open() -> None:
             assert scene.background in text
     opened = [caption(sample_scene(rng), rng) for _ in range(500)]
     assert 10 < sum("shape" in text for text in opened) < 100
-
-
-def test_a_plain_caption() -> None:
-    scene = Scene(
-        groups=(
-            Group(count=2, size="small", color="red", shape="circle"),
-            Group(count=1, size="large", color="orange", shape="triangle"),
-        ),
-        relation="left",
-        background="grey",
-    )
-    expected = "two small red circles left of a large orange triangle on a grey background"
-    assert plain_caption(scene) == expected
 
 
 def test_every_word_of_a_caption_is_one_token(tmp_path) -> None:  # type: ignore[no-untyped-def]
