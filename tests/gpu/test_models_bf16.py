@@ -7,6 +7,7 @@ import torch
 
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, attend
 from raydiff.models.tiling import tiled_decode, tiled_encode
+from tests.relative_error import relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,10 +59,6 @@ def measure(label, run):
     peak = torch.cuda.max_memory_allocated() - before
     print(f"{label}: {start.elapsed_time(stop):.1f} ms, peak {peak / MIB:.0f} MiB")
     return out, peak
-
-
-def relative_error(out, ref):
-    return ((out.float() - ref.float()).norm() / ref.float().norm()).item()
 
 
 @torch.no_grad()

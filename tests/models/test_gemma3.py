@@ -5,6 +5,7 @@ import torch
 
 from raydiff.errors import ModelError
 from raydiff.models.gemma3 import Gemma3Config, Gemma3TextEncoder, Rope
+from tests.relative_error import relative_error
 
 GOOGLE = {
     "architectures": ["Gemma3ForConditionalGeneration"],
@@ -238,7 +239,3 @@ def random_prompts(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def tokens_of(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return states.transpose(1, 2)[mask]
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out - expected).norm() / expected.norm())

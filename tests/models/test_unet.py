@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydiff.errors import ModelError
 from raydiff.models.unet import UNet, UNetConfig, UNetContext, sinusoidal_embedding
+from tests.relative_error import relative_error
 
 CONFIG = {
     "block_out_channels": [32, 64],
@@ -49,11 +50,6 @@ def random_latents(rows, *, height=9, width=13, seed=1):
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randn(rows, 4, height, width, generator=generator)
     return sample, torch.rand(rows, generator=generator) * 999
-
-
-def relative_error(actual, expected):
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])

@@ -15,6 +15,7 @@ from raydiff.models.autoencoder_kl import (
     attend,
     sample,
 )
+from tests.relative_error import relative_error
 
 FOUR_BLOCKS = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -85,10 +86,6 @@ def our_model(reference, layout="loaded"):
     if LAYOUTS[layout] is not None:
         model.prepare_for_inference(channels_last=LAYOUTS[layout])
     return model
-
-
-def relative_error(out, ref):
-    return ((out - ref).norm() / ref.norm()).item()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig as ReferenceConfig
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
+from tests.relative_error import relative_error
 
 VIT_L = {
     "hidden_size": 768,
@@ -154,7 +155,3 @@ def random_prompts(eos_id: int, pad_id: int, seed: int) -> torch.Tensor:
         ids = torch.where(ids == eos_id, eos_id + 1, ids)
         rows.append(torch.cat([bos, ids, eos, torch.full((75 - length,), pad_id)]))
     return torch.stack(rows)
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out - expected).norm() / expected.norm())

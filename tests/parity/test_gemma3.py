@@ -9,6 +9,7 @@ from transformers import Gemma3Config as ReferenceConfig
 from transformers import Gemma3ForConditionalGeneration, Gemma3TextConfig, Gemma3TextModel
 
 from raydiff.models.gemma3 import Gemma3Config, Gemma3TextEncoder
+from tests.relative_error import relative_error
 
 GEMMA_12B = {
     "hidden_size": 3840,
@@ -175,7 +176,3 @@ def pair(sizes) -> tuple[Gemma3TextModel, Gemma3TextEncoder]:
 def reference_states(reference: Gemma3TextModel, input_ids: torch.Tensor) -> torch.Tensor:
     out = reference(input_ids=input_ids, attention_mask=MASK.long(), output_hidden_states=True)
     return torch.stack(out.hidden_states, dim=1)
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out - expected).norm() / expected.norm())

@@ -9,6 +9,8 @@ from diffusers import LTX2Pipeline
 from safetensors.torch import load_file
 
 from raydiff.models.ltx2.audio_vae import AudioVAE, AudioVAEConfig
+from tests.parity.reference_weights import with_random_weights, with_weights_of
+from tests.relative_error import relative_error
 
 SMALL = {
     "base_channels": 16,
@@ -24,28 +26,12 @@ CONFIGS = {
 }
 
 
-@torch.no_grad()
 def reference_model(name, seed=0):
-    """diffusers' model with random weights, biases and latent statistics."""
-    model = diffusers.AutoencoderKLLTX2Audio(**CONFIGS[name]).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(noise / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.3 * noise)
-    model.latents_mean.copy_(torch.randn(model.latents_mean.shape, generator=generator))
-    model.latents_std.copy_(0.5 + torch.rand(model.latents_std.shape, generator=generator))
-    return model
+    return with_random_weights(diffusers.AutoencoderKLLTX2Audio(**CONFIGS[name]), seed)
 
 
 def our_model(reference):
-    with torch.device("meta"):
-        model = AudioVAE(AudioVAEConfig.from_dict(dict(reference.config)))
-    model.load_state_dict(reference.state_dict(), strict=True, assign=True)
-    return model
-
-
-def relative_error(out, ref):
-    return ((out - ref).norm() / ref.norm()).item()
+    return with_weights_of(reference, lambda config: AudioVAE(AudioVAEConfig.from_dict(config)))
 
 
 @pytest.mark.parametrize("name", ["stereo", "one_block"])

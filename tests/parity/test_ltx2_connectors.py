@@ -8,6 +8,7 @@ import torch
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors, per_layer_masked_mean_norm
 
 from raydiff.models.ltx2.connectors import LTX2Connectors, LTX2ConnectorsConfig
+from tests.relative_error import relative_error
 
 FULL_20 = {"rope_type": "split"}
 FULL_23 = {
@@ -149,7 +150,3 @@ def random_states(seed: int) -> torch.Tensor:
 
 def as_diffusers_packs(states: torch.Tensor) -> torch.Tensor:
     return torch.stack(states.unbind(1), dim=-1).flatten(2, 3)
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out - expected).norm() / expected.norm())

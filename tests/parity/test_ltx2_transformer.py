@@ -7,6 +7,7 @@ import torch
 from raydiff.models.ltx2.rope import LatentSize, rotations
 from raydiff.models.ltx2.transformer import LTX2Transformer
 from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
+from tests.relative_error import relative_error
 
 V20 = {
     "in_channels": 12,
@@ -146,11 +147,6 @@ def run(model, inputs, size, *, frame_rates=FRAME_RATES, keeps_keys_values=False
 
 def row_of(inputs, row):
     return {name: value[row : row + 1] for name, value in inputs.items()}
-
-
-def relative_error(actual, expected):
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def assert_equal(actual, expected):

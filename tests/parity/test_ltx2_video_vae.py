@@ -7,6 +7,8 @@ import torch
 from raydiff.models.autoencoder_kl import sample
 from raydiff.models.ltx2.video_vae import LTX2VideoVAE
 from raydiff.models.ltx2.video_vae_config import LTX2VideoVAEConfig
+from tests.parity.reference_weights import with_random_weights, with_weights_of
+from tests.relative_error import relative_error
 
 RATIOS = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
 LAYOUT_23 = {
@@ -59,28 +61,14 @@ LAYOUTS = {
 }
 
 
-@torch.no_grad()
 def reference_model(config, seed=0):
-    """Build diffusers' model with every parameter random, and the latents' statistics too."""
-    model = diffusers.AutoencoderKLLTX2Video(**config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(noise / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.3 * noise)
-    model.latents_mean.copy_(torch.randn(model.latents_mean.shape, generator=generator))
-    model.latents_std.copy_(0.5 + torch.rand(model.latents_std.shape, generator=generator))
-    return model
+    return with_random_weights(diffusers.AutoencoderKLLTX2Video(**config), seed)
 
 
 def our_model(reference):
-    with torch.device("meta"):
-        model = LTX2VideoVAE(LTX2VideoVAEConfig.from_dict(dict(reference.config)))
-    model.load_state_dict(reference.state_dict(), strict=True, assign=True)
-    return model
-
-
-def relative_error(out, ref):
-    return ((out - ref).norm() / ref.norm()).item()
+    return with_weights_of(
+        reference, lambda config: LTX2VideoVAE(LTX2VideoVAEConfig.from_dict(config))
+    )
 
 
 def random_pixels(*shape, seed):

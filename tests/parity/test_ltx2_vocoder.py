@@ -8,6 +8,8 @@ from diffusers.pipelines.ltx2 import LTX2Vocoder, LTX2VocoderWithBWE
 from safetensors.torch import load_file
 
 from raydiff.models.ltx2.vocoder import build_vocoder, resample
+from tests.parity.reference_weights import with_weights_of
+from tests.relative_error import relative_error
 
 V20 = {
     "in_channels": 12,
@@ -78,14 +80,7 @@ def reference_model(name, seed=0):
 
 
 def our_model(reference):
-    with torch.device("meta"):
-        model = build_vocoder({**reference.config, "_class_name": type(reference).__name__})
-    model.load_state_dict(reference.state_dict(), strict=True, assign=True)
-    return model
-
-
-def relative_error(out, ref):
-    return ((out - ref).norm() / ref.norm()).item()
+    return with_weights_of(reference, build_vocoder)
 
 
 @pytest.mark.filterwarnings("ignore:Accessing config attribute `hop_length`")

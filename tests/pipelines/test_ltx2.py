@@ -25,6 +25,7 @@ from raydiff.request import RenderRequest, batch_key, num_evaluations, row_guida
 from raydiff.video_settings import VideoMode
 from raydiff.weights.published_ltx2 import SCHEDULER
 from tests.pipelines.tiny_ltx2 import clip_request, tiny_components, tiny_pipeline
+from tests.relative_error import relative_error
 
 SIZE: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "frame_rate": 25.0}
 TWICE = {**SIZE, "height": 128, "width": 192}
@@ -64,10 +65,6 @@ def denoise_one(pipeline: LTX2Pipeline, one: RenderRequest) -> ClipLatents:
     """Return the latents of the only row."""
     (latents,) = denoise(pipeline, one).latents
     return latents
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out - expected).norm() / expected.norm())
 
 
 # The rules of sampling.

@@ -11,6 +11,7 @@ from raydiff.models.ltx2.rope import LatentSize, audio_seconds, rotate, rotation
 from raydiff.models.ltx2.transformer import LTX2Transformer
 from raydiff.models.ltx2.transformer_block import TransformerBlock
 from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
+from tests.relative_error import relative_error
 
 V20 = {
     "in_channels": 6,
@@ -83,11 +84,6 @@ SIGMAS = torch.tensor([0.99, 0.5, 0.1])
 def run(model, context=None, **options):
     context = random_context(model) if context is None else context
     return model(*random_latents(), context, **{"sigmas": SIGMAS, **options})
-
-
-def relative_error(actual, expected):
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def assert_close(actual, expected, tolerance=1e-6):

@@ -9,6 +9,7 @@ from raydiff.models.ltx2.upsampler import LTX2Upsampler, LTX2UpsamplerConfig
 from raydiff.models.ltx2.video_layers import Carry, ClipConv, Downsample, Upsample, normalize_silu
 from raydiff.models.ltx2.video_vae import LTX2VideoVAE, patchify, unpatchify
 from raydiff.models.ltx2.video_vae_config import LTX2VideoVAEConfig
+from tests.relative_error import relative_error
 
 SMALL = {
     "latent_channels": 16,
@@ -48,10 +49,6 @@ def random_clip(*shape, seed=1):
 
 def run(layer, clip):
     return layer(clip, Carry(is_ending=True))
-
-
-def relative_error(out, ref):
-    return ((out - ref).norm() / ref.norm()).item()
 
 
 def test_patches_put_columns_before_rows():
