@@ -1,7 +1,6 @@
 """GemmaTokenizer against transformers', from each layout of files; and the errors for bad files."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -13,6 +12,7 @@ from transformers import GemmaTokenizer as ReferenceTokenizer
 
 from raydiff.errors import ModelError
 from raydiff.gemma_tokenizer import GemmaTokenizer, write_tiny_gemma_tokenizer
+from tests.tokenizer_files import random_texts, write_json
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -52,18 +52,6 @@ HARD_TEXTS = [
     "a cat and a dog " * 400,
     "猫犬" * 2500,
 ]
-
-
-def random_texts(count: int, seed: int) -> list[str]:
-    rng = random.Random(seed)
-    blocks = [(0x20, 0x7E), (0x61, 0x7A), (0x00, 0x24F), (0x300, 0x6FF), (0x900, 0x2BFF)]
-    blocks += [(0x3000, 0xD7FF), (0xE000, 0xFFFF), (0x1F300, 0x1FAFF), (0x10000, 0x10FFFF)]
-    texts = []
-    for _ in range(count):
-        chosen = rng.sample(blocks, k=rng.randint(1, 3))
-        length = rng.choice([1, 5, 20, 60])
-        texts.append("".join(chr(rng.randint(*rng.choice(chosen))) for _ in range(length)))
-    return texts
 
 
 TEXTS = HARD_TEXTS + random_texts(100, seed=1)
@@ -292,7 +280,3 @@ def template(before: list[str]) -> dict:
 def change(folder: Path, **values: object) -> None:
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     write_json(folder / "tokenizer.json", {**content, **values})
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")

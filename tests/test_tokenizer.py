@@ -1,7 +1,6 @@
 """CLIPTokenizer against transformers', from every layout of files, and the errors for bad files."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -13,6 +12,7 @@ from transformers import CLIPTokenizer as ReferenceTokenizer
 
 from raydiff.errors import ModelError
 from raydiff.tokenizer import CLIPTokenizer, write_tiny_tokenizer
+from tests.tokenizer_files import random_texts, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 FLAGS = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
@@ -71,20 +71,6 @@ HARD_TEXTS = [
     "é" * 5000,
     "猫犬" * 2500,
 ]
-
-
-def random_texts(count: int, seed: int) -> list[str]:
-    """Strings that mix scripts, symbols, spaces and any code point that is not a surrogate."""
-    rng = random.Random(seed)
-    blocks = [(0x20, 0x7E), (0x61, 0x7A), (0x00, 0x24F), (0x300, 0x36F), (0x370, 0x6FF)]
-    blocks += [(0x900, 0x1FFF), (0x2000, 0x2BFF), (0x3000, 0xD7FF), (0xE000, 0xFFFF)]
-    blocks += [(0x1F300, 0x1FAFF), (0x10000, 0x10FFFF)]
-    texts = []
-    for _ in range(count):
-        chosen = rng.sample(blocks, k=rng.randint(1, 4))
-        length = rng.choice([1, 5, 20, 60, 150])
-        texts.append("".join(chr(rng.randint(*rng.choice(chosen))) for _ in range(length)))
-    return texts
 
 
 TEXTS = HARD_TEXTS + random_texts(200, seed=1)
@@ -318,7 +304,3 @@ def test_bad_files_are_named(file_name, content, words, tmp_path):
     with pytest.raises(ModelError, match=words) as caught:
         CLIPTokenizer.from_folder(tmp_path)
     assert str(tmp_path) in str(caught.value)
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")

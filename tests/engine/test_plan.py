@@ -19,7 +19,7 @@ from raydiff.output.ledger import Ledger
 from raydiff.output.run_file import start_run
 from raydiff.request import RenderResult
 from raydiff.weights.resolve import resolve_model
-from tests.manifest.clip_model import LTX2
+from tests.manifest.known_models import LTX2
 
 
 @pytest.fixture

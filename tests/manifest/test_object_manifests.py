@@ -17,24 +17,8 @@ from raydiff.manifest.reader import open_manifest
 from raydiff.manifest.rows import read_rows
 from raydiff.manifest.sources import open_source
 from raydiff.object_storage import ObjectStorage
-from raydiff.request import ModelInfo
+from tests.manifest.known_models import SDXL
 from tests.s3_server import FaultyS3
-
-TINY = ModelInfo(
-    name="tiny",
-    family="sdxl",
-    path="/models/tiny",
-    revision="local-tiny",
-    tasks=("txt2img", "img2img"),
-    default_height=64,
-    default_width=64,
-    size_multiple=8,
-    default_num_inference_steps=4,
-    default_guidance_scale=5.0,
-    default_strength=0.5,
-    default_sampler="euler",
-    num_parameters={"unet": 1},
-)
 
 
 @pytest.fixture
@@ -156,8 +140,8 @@ def test_rows_take_init_images_from_the_manifests_own_folder(storage: ObjectStor
     storage.put("elsewhere/a.png", png(4))  # Replaced before the run begins.
     manifest = open_manifest(f"{storage.uri}/m.parquet")
     for root, seed in [(None, 3), (f"{storage.uri}/elsewhere", 4)]:
-        config = RunConfig.model_validate({"input": {"root": root}, "model": {"name": "tiny"}})
-        good, bad = read_rows(manifest, config=config, models=lambda name: TINY)
+        config = RunConfig.model_validate({"input": {"root": root}, "model": {"name": "sdxl"}})
+        good, bad = read_rows(manifest, config=config, models=lambda name: SDXL)
         assert good.request is not None
         assert good.request.init_image == f"{root or storage.uri}/a.png"
         assert good.request.init_image_sha256 == hashlib.sha256(png(seed)).hexdigest()

@@ -21,7 +21,7 @@ from raydiff.manifest.row_checks import RowChecks
 from raydiff.manifest.rows import read_rows
 from raydiff.manifest.schema import MAX_SEED
 from raydiff.request import ModelInfo, batch_key
-from tests.manifest.clip_model import LTX2, without_upsampler
+from tests.manifest.known_models import LTX2, without_upsampler
 
 MAX_ERRORS = 7
 

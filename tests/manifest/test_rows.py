@@ -17,22 +17,8 @@ from raydiff.errors import ConfigError, ManifestError, ModelError
 from raydiff.manifest.reader import Manifest, open_manifest, prompts_manifest
 from raydiff.manifest.rows import extra_schema, read_rows
 from raydiff.request import ManifestRow, ModelInfo, RenderRequest, with_request_id
+from tests.manifest.known_models import SDXL
 
-SDXL = ModelInfo(
-    name="sdxl",
-    family="sdxl",
-    path="/models/sdxl",
-    revision="local-sdxl",
-    tasks=("txt2img", "img2img"),
-    default_height=1024,
-    default_width=1024,
-    size_multiple=8,
-    default_num_inference_steps=30,
-    default_guidance_scale=5.0,
-    default_strength=0.3,
-    default_sampler="euler",
-    num_parameters={"unet": 2_567_463_684},
-)
 SD21 = ModelInfo(
     name="sd21",
     family="sd21",

@@ -17,28 +17,13 @@ from raydiff.manifest.rows import read_rows
 from raydiff.manifest.schema import COLUMNS
 from raydiff.request import ManifestRow, ModelInfo, RenderRequest, num_evaluations, row_guidance
 from raydiff.video_settings import VideoSettings
-from tests.manifest.clip_model import LTX2, without_upsampler
+from tests.manifest.known_models import LTX2, SDXL, without_upsampler
 
 LTX23 = replace(
     LTX2,
     name="ltx2.3",
     default_num_inference_steps=30,
     video=replace(LTX2.video, default_stg_block=28) if LTX2.video else None,
-)
-SDXL = ModelInfo(
-    name="sdxl",
-    family="sdxl",
-    path="/models/sdxl",
-    revision="local-sdxl",
-    tasks=("txt2img", "img2img"),
-    default_height=1024,
-    default_width=1024,
-    size_multiple=8,
-    default_num_inference_steps=30,
-    default_guidance_scale=5.0,
-    default_strength=0.3,
-    default_sampler="euler",
-    num_parameters={"unet": 2_567_463_684},
 )
 BARE = without_upsampler(LTX2, name="bare")
 MODELS = {info.name: info for info in (LTX2, LTX23, SDXL, BARE)}

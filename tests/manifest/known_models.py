@@ -1,10 +1,25 @@
-"""What validation knows of an LTX-2 checkpoint."""
+"""What validation knows of some checkpoints."""
 
 from dataclasses import replace
 from typing import Any
 
 from raydiff.request import ModelInfo, VideoModel
 
+SDXL = ModelInfo(
+    name="sdxl",
+    family="sdxl",
+    path="/models/sdxl",
+    revision="local-sdxl",
+    tasks=("txt2img", "img2img"),
+    default_height=1024,
+    default_width=1024,
+    size_multiple=8,
+    default_num_inference_steps=30,
+    default_guidance_scale=5.0,
+    default_strength=0.3,
+    default_sampler="euler",
+    num_parameters={"unet": 2_567_463_684},
+)
 LTX2 = ModelInfo(
     name="ltx2",
     family="ltx2",
