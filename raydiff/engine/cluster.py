@@ -433,14 +433,17 @@ def _private_ray(
 
 @contextmanager
 def _few_services() -> Iterator[None]:
-    """Start a Ray without its autoscaler and without the process that forwards workers' output.
+    """Start a Ray without its autoscaler and the process that forwards workers' output, and with a
+    free port for its agent: on the usual one a second Ray of the machine waits for the first.
 
-    A private Ray has use for neither; `ray.init` has no option for that.
+    `ray.init` has no options for that.
     """
     from ray._private import parameter
 
     params = parameter.RayParams
-    parameter.RayParams = partial(params, no_monitor=True, include_log_monitor=False)
+    parameter.RayParams = partial(
+        params, no_monitor=True, include_log_monitor=False, dashboard_agent_listen_port=0
+    )
     try:
         yield
     finally:
