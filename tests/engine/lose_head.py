@@ -25,7 +25,7 @@ if __name__ == "__main__":
     cluster.SILENCE_S = 4.0
     manifest, out, log = map(Path, sys.argv[1:])
     try:
-        drive(manifest, out, log, row_ms=20, on_progress=kill_head)
+        drive(manifest, out, log, row_ms=80, on_progress=kill_head)
     except EngineError as error:
         print(error)
         sys.exit(3)
