@@ -32,8 +32,9 @@ class LoopbackCluster:
         options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         if labels:
             options["labels"] = labels
-        # Nobody reads what workers print, and nodes come and go by hand.
-        options["include_log_monitor"] = False
+        # Nobody reads what workers print, nodes come and go by hand, and the usual port of an agent
+        # is another Ray's.
+        options |= {"include_log_monitor": False, "dashboard_agent_listen_port": 0}
         if not self._nodes:
             options |= {"include_dashboard": False, "no_monitor": True}
         self._nodes.append(self._cluster.add_node(**options))
