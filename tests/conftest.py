@@ -1,6 +1,7 @@
 """One thread for torch (the models are tiny), no network, and tiny pipelines to render with."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,34 @@ import pytest
 if TYPE_CHECKING:
     from tests.s3_server import FaultyS3
 
+EXIT_STATUS = pytest.StashKey[int]()
+
 os.environ["OMP_NUM_THREADS"] = "1"
 # Workers that a run starts take all cores. Their threads are not to spin while they wait for one
 # another: beside other tests a render took ten times as long.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End with what the tests have shown, without Python's own shutdown.
+
+    One of several whole runs crashed in it, after the summary: threads of the libraries that so
+    many tests had brought into one process were still there.
+    """
+    if hasattr(config, "workerinput"):  # pytest-xdist's, which its main process ends
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    status = config.stash.get(EXIT_STATUS, None)
+    if status is not None:
+        os._exit(status)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
 
 
 @pytest.fixture(scope="session")
