@@ -220,7 +220,7 @@ def batch_key(request: RenderRequest) -> BatchKey:
 
 def row_guidance(request: RenderRequest) -> RowGuidance:
     """Return the guidance of a clip's picture and sound. Raises ValueError for an image."""
-    video = _video(request)
+    video = video_settings(request)
     return RowGuidance(
         video=StreamGuidance(
             guidance_scale=request.guidance_scale,
@@ -241,10 +241,11 @@ def row_guidance(request: RenderRequest) -> RowGuidance:
 def num_evaluations(request: RenderRequest) -> int:
     """Return a clip's NFE: forward passes of the transformer for it, in all stages."""
     first = row_guidance(request).num_evaluations(request.num_inference_steps)
-    return first + (NUM_REFINE_STEPS if _video(request).has_second_stage else 0)
+    return first + (NUM_REFINE_STEPS if video_settings(request).has_second_stage else 0)
 
 
-def _video(request: RenderRequest) -> VideoSettings:
+def video_settings(request: RenderRequest) -> VideoSettings:
+    """Return a clip's settings. Raises ValueError for an image."""
     if request.video is None:
         raise ValueError(f"{request.model} makes images; a clip's settings were asked for")
     return request.video

@@ -31,12 +31,12 @@ from raydiff.models.ltx2.transformer_config import LTX2TransformerConfig
 from raydiff.output.rendered import Rendered
 from raydiff.output.video.writer import VideoWriter
 from raydiff.output.writer import clip_of
+from raydiff.pipelines.base import ATTENTION_BACKENDS
 from raydiff.pipelines.ltx2.components import LTX2Components
 from raydiff.pipelines.ltx2.load import prepare
 from raydiff.pipelines.ltx2.modules import BUILDERS
 from raydiff.pipelines.ltx2.pipeline import LTX2Pipeline
 from raydiff.pipelines.quantize import quantize_blocks
-from raydiff.pipelines.stable_diffusion import ATTENTION_BACKENDS
 from raydiff.pipelines.tiny_ltx2 import random_weight
 from raydiff.request import RenderRequest, num_evaluations
 from raydiff.weights.published_ltx2 import SCHEDULER

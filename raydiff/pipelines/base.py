@@ -5,13 +5,14 @@ requests -> encode: embeddings -> denoise: latents -> decode: pixels, and sound
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raydiff.errors import OutOfMemoryError
 from raydiff.memory.profiles import Profile
@@ -20,6 +21,14 @@ from raydiff.output.video.audio import Audio
 from raydiff.pipelines.prompt_cache import EncodedPrompt
 from raydiff.request import BatchKey, ModelInfo, RenderRequest
 from raydiff.weights.components import STAGES, Stage
+
+ATTENTION_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""cuDNN first: on Hopper its kernel runs 1.5x as fast as the flash kernel that torch prefers."""
 
 
 class PromptEmbeds(NamedTuple):
@@ -126,6 +135,12 @@ class Pipeline(ABC):
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return "cpu"
+
+    def _attention_backends(self) -> AbstractContextManager[None]:
+        """Let attention try the kernels in our order."""
+        if self.device.type == "cuda":
+            return sdpa_kernel(ATTENTION_BACKENDS, set_priority=True)
+        return nullcontext()
 
     def max_batch_size(self, key: BatchKey) -> int:
         """Return how many requests of this shape the memory profile lets share a batch."""

@@ -4,14 +4,12 @@ SDXL (sdxl.py) differs in its text encoders and adds conditioning; the rest is s
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raydiff.diffusion.denoise import DenoiseState, RowPlan
 from raydiff.diffusion.noise import draw, row_generators
@@ -35,13 +33,6 @@ from raydiff.weights.components import Stage
 
 ENCODE_CHUNK = 8
 """Texts that a GPU encodes at once, always as many: its kernels, and so the last bits, go by it."""
-ATTENTION_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-"""cuDNN first: on Hopper its kernel runs 1.5x as fast as the flash kernel that torch prefers."""
 
 M = TypeVar("M")
 
@@ -292,11 +283,6 @@ class StableDiffusionPipeline(Pipeline):
             f"{stage}: this pipeline has only {', '.join(self.parts.modules)}. "
             f"Load it with {stage!r} among its stages."
         )
-
-    def _attention_backends(self) -> AbstractContextManager[None]:
-        if self.device.type == "cuda":
-            return sdpa_kernel(ATTENTION_BACKENDS, set_priority=True)
-        return nullcontext()
 
 
 def _row_plan(request: RenderRequest) -> RowPlan:

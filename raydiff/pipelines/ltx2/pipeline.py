@@ -4,14 +4,12 @@ requests -> encode: LTX2Embeds -> denoise: ClipLatents -> decode: frames and sou
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from raydiff.errors import RowError
 from raydiff.manifest.schema import quoted
@@ -26,10 +24,8 @@ from raydiff.pipelines.ltx2.decoder import ClipDecoder
 from raydiff.pipelines.ltx2.denoise import Denoising
 from raydiff.pipelines.ltx2.text import GemmaTexts
 from raydiff.pipelines.prompt_cache import EncodedPrompt, PromptCache
-from raydiff.pipelines.stable_diffusion import ATTENTION_BACKENDS
 from raydiff.pipelines.text_backends import UNREAD, TextBackend
-from raydiff.request import ModelInfo, RenderRequest, batch_key, row_guidance
-from raydiff.video_settings import VideoSettings
+from raydiff.request import ModelInfo, RenderRequest, batch_key, row_guidance, video_settings
 
 
 class LTX2Pipeline(Pipeline):
@@ -99,10 +95,12 @@ class LTX2Pipeline(Pipeline):
         differ. Raises ConfigError for two stages without what makes the second.
         """
         first = requests[0]
-        shapes = {(batch_key(request)[1:], _settings(request).video_mode) for request in requests}
+        shapes = {
+            (batch_key(request)[1:], video_settings(request).video_mode) for request in requests
+        }
         if len(shapes) > 1:
             raise ValueError(f"requests of shapes {sorted(shapes)}; a batch has one shape")
-        video = _settings(first)
+        video = video_settings(first)
         size = self._latent_size(first)
         with self._attention_backends():
             run = Denoising(
@@ -166,15 +164,10 @@ class LTX2Pipeline(Pipeline):
     def _latent_size(self, request: RenderRequest) -> LatentSize:
         config = self.parts.needed(self.parts.vae, "denoise").config
         return LatentSize(
-            (_settings(request).num_frames - 1) // config.temporal_downscale + 1,
+            (video_settings(request).num_frames - 1) // config.temporal_downscale + 1,
             request.height // config.spatial_downscale,
             request.width // config.spatial_downscale,
         )
-
-    def _attention_backends(self) -> AbstractContextManager[None]:
-        if self.device.type == "cuda":
-            return sdpa_kernel(ATTENTION_BACKENDS, set_priority=True)
-        return nullcontext()
 
 
 class _Clip(NamedTuple):
@@ -185,15 +178,9 @@ class _Clip(NamedTuple):
     error: str | None
 
 
-def _settings(request: RenderRequest) -> VideoSettings:
-    if request.video is None:
-        raise ValueError("a request for an image; LTX-2 makes clips")
-    return request.video
-
-
 def _noise_warning(request: RenderRequest) -> str | None:
     """Noise in the place of a text is never silent, whichever worker made it."""
-    return UNREAD if _settings(request).text_encoder == "random" else None
+    return UNREAD if video_settings(request).text_encoder == "random" else None
 
 
 def _texts(request: RenderRequest) -> list[str]:
