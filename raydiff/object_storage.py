@@ -33,6 +33,8 @@ CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+CREDENTIAL_SERVERS = r"https?://(169\.254\.|metadata\.google)"
+"""Asked where the environment has no credentials."""
 
 CONNECT_S = 5.0
 FIRST_PAUSE_S = 0.1
@@ -322,7 +324,7 @@ class ObjectStorage:
         remedy = "Check that the store can be reached from here, and its address"
         if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
             remedy = f"Make the bucket, or correct its name ({self._root})"
-        elif re.search(r"\b40[13]\b|credential|AccessKey|169\.254", str(error)):
+        elif re.search(rf"status code: 40[13]\b|performing \w+ {CREDENTIAL_SERVERS}", str(error)):
             remedy = f"Set {CREDENTIALS[scheme]}, and give them access to {self._root}"
         elif re.search(r"status code: 30\d", str(error)):
             remedy = "Set AWS_REGION to the bucket's region"

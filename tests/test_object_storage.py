@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from obstore.exceptions import GenericError
 
 from raydiff.object_storage import ObjectStorage, Patience, StorageError
 from tests.s3_server import FaultyS3
@@ -95,6 +96,20 @@ def test_a_wrong_address_is_told_sooner_than_an_outage(
         StorageError, match=r"s3://bucket/run/a: no answer from http://127.0.0.1:9 .*reached"
     ):
         ObjectStorage("s3://bucket/run", patience=patience).read("a")
+
+
+def test_a_duration_is_not_taken_for_a_status(
+    s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Error performing GET http://127.0.0.1:9/b/a in 403.9µs - HTTP error: not sent"
+
+    def refuse(*_: object) -> None:
+        raise GenericError(f"{text}\n\nDebug source:\nGeneric {{ elapsed: 401.5µs }}")
+
+    monkeypatch.setattr("obstore.get", refuse)
+    patience = Patience(request_s=1.0, first_s=0.1, total_s=0.1)
+    with pytest.raises(StorageError, match="Check that the store can be reached"):
+        ObjectStorage(s3.new_uri(), patience=patience).read("credentials/403")
 
 
 def test_what_waiting_does_not_help_is_told_at_once(s3: FaultyS3) -> None:
