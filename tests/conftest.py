@@ -1,6 +1,7 @@
 """One thread for torch (the models are tiny), no network, and tiny pipelines to render with."""
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # Some workers crash on purpose.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the README's blocks, the longest test: side by side, nothing waits for it."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 @pytest.hookimpl(trylast=True)
