@@ -184,6 +184,8 @@ class RenderResult:
     """Of a clip."""
     audio_sample_rate: int | None = None
     """Of a clip's sound; None for a silent one."""
+    wav_sha256: str | None = None
+    """Of the WAV file beside a clip, or after it in a shard."""
     nfe: int | None = None
     """Forward passes of the transformer for a clip, in all its steps and stages."""
     profile: str | None = None

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from raydiff.errors import OutputError
-from raydiff.output.shards.samples import BLOCK_BYTES, member_name
+from raydiff.output.shards.samples import BLOCK_BYTES, next_member, read_member_header
 from raydiff.output.storage import Storage, open_storage
 
 MEDIA_COLUMNS = ("file_name", "size_bytes", "member", "offset")
@@ -102,6 +102,24 @@ def check_media(out: str | Path | Storage, row: Row) -> None:
         raise MediaError(f"it has {size:,} bytes; the metadata says {row['size_bytes']:,}")
 
 
+def next_in_shard(out: str | Path | Storage, row: Row, ending: str) -> dict[str, Any]:
+    """Return the file of that ending which follows a row's image or clip in its shard, as a row of
+    its own. Raises MediaError where another one does."""
+    storage = open_storage(out)
+    name = _checked_name(storage, row)
+    following = {
+        "file_name": row["file_name"],
+        "member": f"{row['member'].rpartition('.')[0]}{ending}",
+        "offset": next_member(row["offset"], row["size_bytes"]),
+    }
+    try:
+        return {**following, "size_bytes": _read_header(storage, name, following)}
+    except FileNotFoundError:
+        raise _missing(row) from None
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
 def _checked_name(storage: Storage, row: Row) -> str:
     """Return the name of a row's file, once it is sure to lie in the run."""
     name = str(row["file_name"])
@@ -126,13 +144,16 @@ def _read_member(storage: Storage, name: str, row: Row) -> bytes:
     return data[BLOCK_BYTES:]
 
 
-def _read_header(storage: Storage, name: str, row: Row) -> None:
-    _check_member(storage.read_range(name, row["offset"] - BLOCK_BYTES, BLOCK_BYTES), row)
+def _read_header(storage: Storage, name: str, row: Row) -> int:
+    return _check_member(storage.read_range(name, row["offset"] - BLOCK_BYTES, BLOCK_BYTES), row)
 
 
-def _check_member(header: bytes, row: Row) -> None:
-    if member_name(header) != row["member"]:
+def _check_member(header: bytes, row: Row) -> int:
+    """Return the member's bytes in all, once its header is sure to be this one."""
+    found = read_member_header(header)
+    if found is None or found[0] != row["member"]:
         raise MediaError(f"the shard does not have it at byte {row['offset']:,}")
+    return found[1]
 
 
 def _missing(row: Row) -> MediaError:

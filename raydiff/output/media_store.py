@@ -37,6 +37,7 @@ class WrittenFile:
     duration_s: float | None = None
     audio_sample_rate: int | None = None
     """Of the sound that was made; None for a silent clip."""
+    wav_sha256: str | None = None
     write_s: float
     """Seconds spent on encoding and writing."""
 

@@ -59,6 +59,7 @@ OUTCOME_COLUMNS = {
     "offset": pa.int64(),
     "duration_s": pa.float64(),
     "audio_sample_rate": pa.int32(),
+    "wav_sha256": pa.string(),
 }
 
 COST_COLUMNS = {

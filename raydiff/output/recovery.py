@@ -25,7 +25,7 @@ from raydiff.output.part_files import (
     write_part,
 )
 from raydiff.output.storage import Storage, read_error
-from raydiff.output.video.clip_files import check_sound, frame_rows
+from raydiff.output.video.clip_files import frame_rows, read_sound_file
 
 BOOT_ID_FILE = ".boot_id"
 UNSYNCED_S = 120.0
@@ -160,7 +160,7 @@ def _is_whole(out_dir: Path, row: Mapping[str, Any], *, has_sounds: bool) -> boo
             for frame in frame_rows(out_dir, row):
                 check_media(out_dir, frame)
         if has_sounds and row.get("audio_sample_rate") is not None:
-            check_sound(out_dir, row)
+            read_sound_file(out_dir, row)
         return True
     except MediaError:
         return False

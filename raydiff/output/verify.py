@@ -1,6 +1,6 @@
 """Check a run's metadata against its files: every completed row's file is there, whole and with
-its sha256, and so is each frame that an index lists; a WAV file beside a clip is there and as long
-as the clip; every row stands once; files without a row are named."""
+its sha256, and so are each frame that an index lists and the WAV file that goes with a clip; every
+row stands once; files without a row are named."""
 
 import hashlib
 import itertools
@@ -29,7 +29,7 @@ from raydiff.output.part_files import DamagedPartError, Part, list_parts, map_pa
 from raydiff.output.run_file import read_run
 from raydiff.output.shards.index import SHARDS_DIR
 from raydiff.output.storage import Storage, open_storage
-from raydiff.output.video.clip_files import check_sound, frame_rows, sound_name
+from raydiff.output.video.clip_files import frame_rows, read_sound_file, sound_name
 
 NUM_THREADS = 8
 FILES_IN_FLIGHT = 256
@@ -146,8 +146,7 @@ class Verification:
         parts = [checked]
         if is_frames_index(claim.file_name):
             parts += _check_frames(self._out, claim)
-        has_sound = claim.audio_sample_rate is not None and claim.member is None
-        if self._has_sounds and has_sound:
+        if self._has_sounds and (claim.audio_sample_rate or claim.wav_sha256):
             parts.append(_check_sound(self._out, claim))
         return _Checked(
             num_files=sum(part.num_files for part in parts),
@@ -209,6 +208,7 @@ class _Claim(NamedTuple):
     offset: int | None
     duration_s: float | None = None
     audio_sample_rate: int | None = None
+    wav_sha256: str | None = None
 
 
 class _Checked(NamedTuple):
@@ -285,12 +285,19 @@ def _check_frames(out: Storage, claim: _Claim) -> list[_Checked]:
 
 
 def _check_sound(out: Storage, claim: _Claim) -> _Checked:
-    name = sound_name(claim.file_name)
+    if claim.member is None:
+        sound = claim._replace(file_name=sound_name(claim.file_name))
+    else:
+        sound = claim._replace(member=f"{claim.member.rpartition('.')[0]}.wav")
     try:
-        check_sound(out, claim._asdict())
+        data = read_sound_file(out, claim._asdict())
     except MediaError as error:
-        return _checked(claim._replace(file_name=name), 0, _kind(error), str(error))
-    return _Checked(1, out.size(name) or 0, [])
+        return _checked(sound, 0, _kind(error), str(error))
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != (claim.wav_sha256 or digest):  # Older versions did not keep it.
+        rule = f"its sha256 is {digest}; the metadata says {claim.wav_sha256}"
+        return _checked(sound, len(data), "wrong_sha256", rule)
+    return _Checked(1, len(data), [])
 
 
 def _checked(claim: _Claim, num_bytes: int, kind: ProblemKind, rule: str) -> _Checked:

@@ -12,8 +12,15 @@ Age = Literal["before clips", "before shards"]
 
 NEW_COLUMNS: dict[Age, tuple[str, ...]] = {
     "before clips": (
-        *("duration_s", "audio_sample_rate", "nfe", "num_frames", "frame_rate", "video_mode"),
-        *("text_encoder", "stg_scale", "stg_blocks", "modality_scale", "audio_guidance_scale"),
+        *("duration_s", "audio_sample_rate", "wav_sha256", "nfe", "num_frames", "frame_rate"),
+        *(
+            "video_mode",
+            "text_encoder",
+            "stg_scale",
+            "stg_blocks",
+            "modality_scale",
+            "audio_guidance_scale",
+        ),
         *("audio_stg_scale", "audio_modality_scale", "audio_guidance_rescale"),
     )
 }

@@ -76,7 +76,8 @@ def test_a_row_says_what_a_clip_is(name: str, runs: dict[str, Path]) -> None:
 def test_whole_clips_verify(name: str, runs: dict[str, Path]) -> None:
     verification = Verification(runs[name])
     assert list(verification) == []
-    assert verification.num_files == (3 + 3 * NUM_FRAMES + 2 if name == "frames" else 3)
+    num_beside = {"frames": 3 * NUM_FRAMES + 2, "shards": 2}  # one clip is silent
+    assert verification.num_files == 3 + num_beside.get(name, 0)
 
 
 def damage_cases() -> list[Any]:
@@ -109,6 +110,7 @@ def damage_cases() -> list[Any]:
         ("frames", "/00009.png", stray, "orphan"),
         ("frames", ".wav", removed, "missing_file"),
         ("frames", ".wav", cut, "unreadable_file"),
+        ("frames", ".wav", flip, "wrong_sha256"),
     ]
     return [pytest.param(*case, id=f"{case[1]}-{case[2].__name__}") for case in cases]
 
@@ -127,6 +129,44 @@ def test_every_damage_of_a_clip_is_found(
     assert file_name in found.message
     lost = kind in ("missing_file", "wrong_size", "unreadable_file")
     assert rows_after_a_power_loss(out, SETTINGS[name]) == ([1] if lost else [0, 1])
+
+
+def test_damage_of_a_sound_in_a_shard_is_found(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", clip_rows(range(3)), **SETTINGS["shards"])
+    (shard,) = (out / "shards").glob("*.tar")
+    data = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as members:
+        second = [one for one in members if one.name.endswith(".wav")][1]
+    assert list(Verification(out)) == []
+    row = rows_of(out)[1]
+    for offset, kind in (
+        (second.offset_data + second.size - 1, "wrong_sha256"),
+        (second.offset_data, "unreadable_file"),
+        (second.offset, "unreadable_file"),
+    ):
+        damaged = bytearray(data)
+        damaged[offset] ^= 1
+        shard.write_bytes(damaged)
+        (found,) = Verification(out)
+        assert (found.kind, found.row_index) == (kind, row["row_index"])
+        assert second.name in found.message
+
+
+def test_a_shard_with_other_bytes_in_a_sound_loses_that_sample(tmp_path: Path) -> None:
+    config = OutputConfig(format="webdataset", wav=True)
+    writer = ShardWriter(tmp_path, config)
+    for row in clip_rows(range(3))[:2]:
+        request = request_of(row)
+        result = RenderResult(request_id=request.request_id, status="completed")
+        writer.write(request, row["pixels"], result, row["audio"])
+    (tar,) = (tmp_path / "shards" / ".tmp").glob("*.tar")
+    with tarfile.open(tar) as members:
+        (wav, kept) = (one for one in members if one.name.endswith(".wav"))
+    data = bytearray(tar.read_bytes())
+    data[wav.offset_data + wav.size - 1] ^= 1
+    tar.write_bytes(data)
+    adopted = ShardPublisher(tmp_path, config).adopt(lambda _: False)
+    assert [f"{key}.wav" for key in adopted] == [kept.name]
 
 
 def rows_after_a_power_loss(out: Path, given: dict[str, Any]) -> list[int]:
@@ -239,6 +279,7 @@ def test_whole_clips_of_a_killed_worker_are_kept(
                 check_media(out, asdict(one))
                 told = (None, None, None) if strip else (NUM_FRAMES / FRAME_RATE, SAMPLE_RATE, 7)
                 assert (one.duration_s, one.audio_sample_rate, one.nfe) == told
+                assert (one.wav_sha256 is not None) == has_sound
 
 
 @pytest.mark.parametrize("name", SETTINGS)

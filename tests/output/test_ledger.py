@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 EXTRA = pa.schema([("note", pa.string()), ("tags", pa.list_(pa.int64())), ("category", pa.int8())])
 CONTRACT_TEXT = (
     "request_id row_index image_index status error file_name sha256 size_bytes member offset "
-    "duration_s audio_sample_rate model "
+    "duration_s audio_sample_rate wav_sha256 model "
     "task prompt negative_prompt seed height width num_inference_steps guidance_scale "
     "guidance_rescale sampler strength init_image init_image_sha256 model_revision "
     "num_frames frame_rate video_mode text_encoder stg_scale stg_blocks modality_scale "
@@ -133,7 +133,12 @@ def test_clips_and_images_share_a_table(open_ledger, make):
         "audio_guidance_rescale": 0.7,
     }
     assert list(settings) == [field.name for field in fields(VideoSettings)]
-    made = {"duration_s": 121 * 1001 / 24000, "audio_sample_rate": 24_000, "nfe": 163}
+    made = {
+        "duration_s": 121 * 1001 / 24000,
+        "audio_sample_rate": 24_000,
+        "wav_sha256": "ab" * 32,
+        "nfe": 163,
+    }
     for row in range(300):
         is_clip = row % 3 == 0
         video = VideoSettings(**settings) if is_clip else None
@@ -161,7 +166,7 @@ def test_clips_and_images_share_a_table(open_ledger, make):
     plain = {one.path_in_schema for one in columns if "RLE_DICTIONARY" not in one.encodings}
     assert plain == {
         *("request_id", "row_index", "image_index", "file_name", "sha256", "size_bytes", "seed"),
-        *("member", "offset", "write_s", "finished_at"),
+        *("member", "offset", "wav_sha256", "write_s", "finished_at"),
     }
 
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from raydiff.output.shards.samples import Sample, read_samples
 from raydiff.request import RenderResult
 
+HASHES = ("sha256", "wav_sha256")
 TOLD_IN_SAMPLES = (
     *("profile", "dtype", "batch_size", "device", "num_threads", "warning"),
     *("duration_s", "audio_sample_rate", "nfe"),
 )
-"""What a sample's .json says of its result, beside sha256: what has to do with its pixels."""
+"""What a sample's .json says of its result, beside HASHES: what has to do with its pixels."""
 
 
 class FoundSample(NamedTuple):
@@ -26,22 +27,21 @@ class FoundSample(NamedTuple):
 def find_samples(path: Path, is_whole: Callable[[Sequence[str]], bool]) -> Iterator[FoundSample]:
     """Yield the whole samples of a tar that are what they were; see `read_samples`.
 
-    A sample whose image does not have the sha256 that its .json says is passed over.
+    A sample whose image or sound does not have the sha256 that its .json says is passed over.
     """
     finished_at = path.stat().st_mtime
     with path.open("rb") as file:
         for sample in read_samples(path, is_whole):
             file.seek(sample.start)
             data = file.read(sample.end - sample.start)
-            media = _slice(data, sample, sample.offset, sample.size_bytes)
-            digest = hashlib.sha256(media).hexdigest()
+            hashes = _hashes(data, sample)
             told = _told(data, sample)
-            if told is None or told.get("sha256", digest) != digest:
+            if told is None or any(told.get(name, one) != one for name, one in hashes.items()):
                 continue
             result = RenderResult(
                 request_id=sample.key,
                 status="completed",
-                sha256=digest,
+                **hashes,
                 size_bytes=sample.size_bytes,
                 member=sample.member,
                 offset=sample.offset,
@@ -51,12 +51,22 @@ def find_samples(path: Path, is_whole: Callable[[Sequence[str]], bool]) -> Itera
             yield FoundSample(data, result)
 
 
+def _hashes(data: bytes, sample: Sample) -> dict[str, Any]:
+    """Return HASHES of what is there."""
+    places = {"sha256": (sample.offset, sample.size_bytes), "wav_sha256": sample.others.get("wav")}
+    return {
+        name: hashlib.sha256(_slice(data, sample, *place)).hexdigest()
+        for name, place in places.items()
+        if place is not None
+    }
+
+
 def _told(data: bytes, sample: Sample) -> dict[str, Any] | None:
     """Return what a sample's .json says, nothing if it has none; None if that is damaged."""
-    if "json" not in sample.texts:
+    if "json" not in sample.others:
         return {}
     try:
-        values = json.loads(_slice(data, sample, *sample.texts["json"]))
+        values = json.loads(_slice(data, sample, *sample.others["json"]))
     except ValueError:
         return None
     return values if isinstance(values, dict) else None

@@ -16,7 +16,6 @@ from raydiff.output.media_store import REQUEST_ID
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 END_OF_TAR = bytes(2 * BLOCK_BYTES)
-TEXT_MEMBERS = {"json", "txt"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +30,8 @@ class Sample:
     """Where its first header begins."""
     end: int
     """Where the next sample begins."""
-    texts: dict[str, tuple[int, int]]
-    """Offset and size of its .json and .txt, by that ending."""
+    others: dict[str, tuple[int, int]]
+    """Offset and size of its .wav, .json and .txt, by that ending."""
 
 
 def sample_bytes(key: str, ending: str, media: bytes, others: Mapping[str, bytes]) -> bytes:
@@ -67,12 +66,18 @@ def read_samples(path: Path, is_whole: Callable[[Sequence[str]], bool]) -> Itera
             yield _sample(members)
 
 
-def member_name(header: bytes) -> str | None:
-    """Return the name of the member whose header this is, None if it is no header."""
+def read_member_header(header: bytes) -> tuple[str, int] | None:
+    """Return a member's name and bytes, None if this is no header."""
     try:
-        return tarfile.TarInfo.frombuf(header, "ascii", "surrogateescape").name
+        info = tarfile.TarInfo.frombuf(header, "ascii", "surrogateescape")
     except tarfile.HeaderError:
         return None
+    return info.name, info.size
+
+
+def next_member(offset: int, size_bytes: int) -> int:
+    """Return where the bytes of the member after one begin."""
+    return offset + _padded(size_bytes) + BLOCK_BYTES
 
 
 def _member(name: str, data: bytes) -> bytes:
@@ -116,7 +121,11 @@ def _ending(member: tarfile.TarInfo) -> str:
 
 
 def _end(member: tarfile.TarInfo) -> int:
-    return member.offset_data + -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
+    return member.offset_data + _padded(member.size)
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _sample(members: list[tarfile.TarInfo]) -> Sample:
@@ -128,9 +137,5 @@ def _sample(members: list[tarfile.TarInfo]) -> Sample:
         size_bytes=media.size,
         start=media.offset,
         end=_end(members[-1]),
-        texts={
-            ending: (member.offset_data, member.size)
-            for member in members[1:]
-            if (ending := _ending(member)) in TEXT_MEMBERS
-        },
+        others={_ending(member): (member.offset_data, member.size) for member in members[1:]},
     )

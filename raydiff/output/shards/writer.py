@@ -38,7 +38,7 @@ from raydiff.output.shards.index import (
     shard_name,
 )
 from raydiff.output.shards.open_shard import OpenShard, temporary_index
-from raydiff.output.shards.recovery import TOLD_IN_SAMPLES, find_samples
+from raydiff.output.shards.recovery import HASHES, TOLD_IN_SAMPLES, find_samples
 from raydiff.output.shards.samples import json_bytes, sample_bytes, text_bytes
 from raydiff.output.storage import Storage, open_storage
 from raydiff.output.video.audio import Audio
@@ -89,6 +89,7 @@ class ShardWriter:
             member=f"{request.request_id}.{encoded.ending}",
             duration_s=encoded.duration_s,
             audio_sample_rate=encoded.audio_sample_rate,
+            wav_sha256=None if encoded.wav is None else hashlib.sha256(encoded.wav).hexdigest(),
         )
         texts = {} if self._config.strip_metadata else _texts(request, result)
         sound = {} if encoded.wav is None else {"wav": encoded.wav}
@@ -430,7 +431,7 @@ def _owner(worker_id: str) -> str:
 
 
 def _texts(request: RenderRequest, result: RenderResult) -> dict[str, bytes]:
-    told = {name: getattr(result, name) for name in ("sha256", *TOLD_IN_SAMPLES)}
+    told = {name: getattr(result, name) for name in (*HASHES, *TOLD_IN_SAMPLES)}
     known = {name: value for name, value in told.items() if value is not None}
     values = {**request_metadata(request), **known}
     return {"json": json_bytes(values), "txt": text_bytes(request.prompt)}

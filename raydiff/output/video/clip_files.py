@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from raydiff.output.media_files import MediaError, is_frames_index, read_media
+from raydiff.output.media_files import MediaError, is_frames_index, next_in_shard, read_media
 from raydiff.output.storage import Storage
 from raydiff.output.video.wav import read_wav
 
@@ -53,14 +53,29 @@ def sound_name(file_name: str) -> str:
     return file_name.rpartition("/" if is_index else ".")[0] + ".wav"
 
 
-def check_sound(out: str | Path | Storage, row: Row) -> None:
-    """Raise MediaError if the WAV file beside the clip of a row is not there, or not as long as
-    the clip."""
-    wav = {"file_name": sound_name(row["file_name"])}
-    sound = read_wav(io.BytesIO(read_media(out, wav)))
+def sound_row(out: str | Path | Storage, row: Row) -> dict[str, Any]:
+    """Return the WAV file beside the clip of a row, or after it in its shard, as a row of its own.
+
+    Raises MediaError.
+    """
+    if row.get("member") is not None:
+        return next_in_shard(out, row, ".wav")
+    return {"file_name": sound_name(row["file_name"])}
+
+
+def read_sound_file(out: str | Path | Storage, row: Row) -> bytes:
+    """Return the WAV file that goes with the clip of a row.
+
+    Raises MediaError if it is not there, or not as long as the clip.
+    """
+    data = read_media(out, sound_row(out, row))
+    sound = read_wav(io.BytesIO(data))
+    if row["duration_s"] is None:  # copied from a shard whose samples do not say it
+        return data
     length, wanted = sound.samples.shape[1], round(row["duration_s"] * row["audio_sample_rate"])
     if (sound.sample_rate, length) != (row["audio_sample_rate"], wanted):
         raise MediaError(
             f"it has {length:,} samples at {sound.sample_rate} Hz; the clip has {wanted:,} at "
             f"{row['audio_sample_rate']} Hz"
         )
+    return data

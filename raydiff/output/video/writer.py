@@ -59,7 +59,7 @@ class VideoWriter:
         started = time.perf_counter()
         waits: list[float] = []
         frames = iterate_frames(_timed(chunks, waits), clip)
-        self._save_wav(clip)
+        wav_sha256 = self._save_wav(clip)
         file_name, sha256, size_bytes = self._save_frames(clip, frames)
         return WrittenFile(
             file_name=file_name,
@@ -67,6 +67,7 @@ class VideoWriter:
             size_bytes=size_bytes,
             duration_s=clip.duration_s,
             audio_sample_rate=None if clip.audio is None else clip.audio.sample_rate,
+            wav_sha256=wav_sha256,
             write_s=time.perf_counter() - started - sum(waits),
         )
 
@@ -83,11 +84,14 @@ class VideoWriter:
             sha256, size_bytes = _digest(path)
         return file_name, sha256, size_bytes
 
-    def _save_wav(self, clip: Clip) -> None:
+    def _save_wav(self, clip: Clip) -> str | None:
+        """Write the sound, if it is to have a file, and return its sha256."""
         data = encode_sound(clip, self._config)
-        if data is not None:
-            name = sound_name(video_name(clip.request_id, self._config))
-            self._store.put(name, clip.request_id, data)
+        if data is None:
+            return None
+        name = sound_name(video_name(clip.request_id, self._config))
+        self._store.put(name, clip.request_id, data)
+        return hashlib.sha256(data).hexdigest()
 
 
 def encode_clip(clip: Clip, chunks: Iterable[NDArray[np.uint8]], config: OutputConfig) -> bytes:
