@@ -6,7 +6,7 @@ from functools import partial
 from raydiff.config import LTX2Config, ModelConfig
 from raydiff.request import ModelInfo
 from raydiff.weights.components import STAGES, Needed, Stage, needed_by
-from raydiff.weights.resolve import resolve_model
+from raydiff.weights.resolve import describe_model, resolve_model
 
 
 class KnownModels:
@@ -24,7 +24,7 @@ class KnownModels:
         return {name: info.revision for name, info in self._found.items()}
 
     def __call__(self, name: str) -> ModelInfo:
-        """Return the model, downloaded if need be. Raises ModelError."""
+        """Return the model. Raises ModelError."""
         if name not in self._found:
             self._found[name] = self._find(name)
             if self.on_found is not None:
@@ -36,16 +36,21 @@ def known_models(
     config: ModelConfig,
     ltx2: LTX2Config | None = None,
     stages: Collection[Stage] = STAGES,
+    *,
+    is_loaded_here: bool = True,
 ) -> KnownModels:
     """Return the models of a run; `model.revision` is that of `model.name` alone.
 
-    Of a model on the Hub only what these stages need is fetched.
+    Of a model on the Hub what these stages need is fetched, but no weights unless some process of
+    this machine is to load them.
     """
-    return KnownModels(partial(_resolve, config, needed_by(stages, ltx2 or LTX2Config())))
+    find = resolve_model if is_loaded_here else describe_model
+    needed = needed_by(stages, ltx2 or LTX2Config())
+    return KnownModels(partial(_find, find, config, needed))
 
 
-def _resolve(config: ModelConfig, needed: Needed, name: str) -> ModelInfo:
+def _find(
+    find: Callable[..., ModelInfo], config: ModelConfig, needed: Needed, name: str
+) -> ModelInfo:
     revision = config.revision if name == config.name else None
-    return resolve_model(
-        name, revision=revision, variant=config.variant, dtype=config.dtype, needed=needed
-    )
+    return find(name, revision=revision, variant=config.variant, dtype=config.dtype, needed=needed)

@@ -72,11 +72,11 @@ class PlanReport:
 def plan(config: RunConfig, *, models: KnownModels | None = None) -> PlanReport:
     """Read and check every row. Raises InputError where `render` would; writes nothing.
 
-    `models` finds the models that rows name; None finds them as `render` does.
+    `models` finds the models that rows name; None finds them without fetching weights.
     Memory is about 40 bytes for each image.
     """
     manifest = open_rows(config)
-    models = models or known_models(config.model, config.ltx2)
+    models = models or known_models(config.model, config.ltx2, is_loaded_here=False)
     checks = RowChecks(manifest, config=config, models=models, max_errors=MAX_BAD_ROWS)
     done = _done_rows(manifest, config, models)
     num_images = num_done = num_bad = 0

@@ -89,7 +89,8 @@ def render(
     """
     config = _laid_over(config or RunConfig(), manifest, out, model)
     opened = open_rows(config)
-    models = known_models(config.model, config.ltx2)
+    # On a cluster the nodes that load a model fetch it, each what its stages need.
+    models = known_models(config.model, config.ltx2, is_loaded_here=config.engine.address is None)
     # Where rows name no model it is this one: a worker can load it before its first batch.
     preload = None if "model" in opened.schema.names else models(config.model.name)
     return run_manifest(

@@ -1,6 +1,6 @@
 """A checkpoint, whatever its layout: configs, and every component's tensors under our names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from raydiff.errors import ModelError
 from raydiff.weights.components import Needed
 from raydiff.weights.folder import FolderFiles, Variant, choose_files, list_names, read_json
 from raydiff.weights.fp8 import refuse_other_quantisation, with_standard_scales
-from raydiff.weights.headers import read_header, refuse_pickle
+from raydiff.weights.headers import TensorHeader, read_header, refuse_pickle
 from raydiff.weights.keymaps.clip import TRANSFORMERS_CLIP
 from raydiff.weights.keymaps.ltx2 import GEMMA3
 from raydiff.weights.keymaps.rules import KeyMap, To, rename
@@ -20,6 +20,8 @@ from raydiff.weights.ltx2_config import ltx2_configs
 from raydiff.weights.published import single_file_configs
 from raydiff.weights.single_file import SplitFile, prediction_type, skip_reason, split_file
 from raydiff.weights.sources import TensorSource, tensor_sources
+
+ReadHeader = Callable[[Path], Mapping[str, TensorHeader]]
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "sd21",
@@ -120,7 +122,7 @@ def open_checkpoint(
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path, list_files(path, variant=variant, dtype=dtype, needed=needed))
+        return open_folder(path, list_files(path, variant=variant, dtype=dtype, needed=needed))
     refuse_pickle(path)
     return _open_single_file(path)
 
@@ -139,7 +141,11 @@ def list_files(
     )
 
 
-def _open_folder(folder: Path, files: FolderFiles) -> Checkpoint:
+def open_folder(
+    folder: Path, files: FolderFiles, read_header: ReadHeader = read_header
+) -> Checkpoint:
+    """Open a diffusers folder whose files are chosen; its weight files may lie elsewhere, where
+    `read_header` reads them."""
     configs = {name: read_json(folder / name / "config.json") for name in files.weights}
     family = _folder_family(folder, files.model_index, configs)
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -149,7 +155,7 @@ def _open_folder(folder: Path, files: FolderFiles) -> Checkpoint:
     skipped: dict[str, str] = {}
     for component, names in files.weights.items():
         paths = [folder / name for name in names]
-        sources[component] = component_sources(component, paths, skipped, keymaps)
+        sources[component] = component_sources(component, paths, skipped, keymaps, read_header)
     return Checkpoint(path=folder, family=family, configs=configs, sources=sources, skipped=skipped)
 
 
@@ -158,6 +164,7 @@ def component_sources(
     files: list[Path],
     skipped: dict[str, str],
     keymaps: Mapping[str, KeyMap] = FOLDER_KEYMAPS,
+    read_header: ReadHeader = read_header,
 ) -> dict[str, TensorSource]:
     """Return {our name: source} of a component's weight files; adds to `skipped`."""
     keymap = keymaps.get(component, {})

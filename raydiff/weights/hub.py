@@ -4,11 +4,18 @@ HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured, as huggingface_h
 """
 
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import constants, model_info, snapshot_download
+from huggingface_hub import (
+    constants,
+    model_info,
+    parse_safetensors_file_metadata,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,15 +23,20 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from raydiff.errors import ModelError
 from raydiff.weights.aliases import read_alias
 from raydiff.weights.components import Needed
 from raydiff.weights.folder import FolderFiles, Variant, choose_files, list_names, read_json
+from raydiff.weights.headers import TensorHeader, read_header
 
 CONNECTION_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """The base error of huggingface_hub's HTTP client, which is httpx or httpx2 by its version."""
+
+NUM_READERS = 8
+"""Headers read at once."""
 
 
 def download_model(
@@ -38,16 +50,72 @@ def download_model(
     Raises ModelError when they are neither in the cache nor to be had, and says the way out.
     """
     with _explained(repo, revision):
-        # The indexes name the shards, so they come before the choice of files. Offline they are
-        # not asked for: huggingface_hub would refuse a snapshot that lacks one, needed or not.
-        indexes = [] if constants.HF_HUB_OFFLINE else ["*.safetensors.index*.json"]
-        folder = _snapshot(repo, revision, ["model_index.json", *indexes])
+        folder = _snapshot_of_indexes(repo, revision)
         commit = folder.name
         names = _repo_names(repo, commit)
         files = _choose(repo, folder, names, variant=variant, dtype=dtype, needed=needed)
         if names is not None:
             _snapshot(repo, commit, files.names)
     return folder, commit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubFolder:
+    """A repository of which everything that is used is here but its weights."""
+
+    repo: str
+    path: Path
+    """The snapshot's folder."""
+    files: FolderFiles
+
+    @property
+    def commit(self) -> str:
+        """What the snapshot is of."""
+        return self.path.name
+
+    def read_headers(self) -> dict[Path, dict[str, TensorHeader]]:
+        """Return the tensors of each weight file by the path that it would have here.
+
+        Files that are not in the cache are asked for their first bytes. Raises ModelError.
+        """
+        names = [name for files in self.files.weights.values() for name in files]
+        with ThreadPoolExecutor(NUM_READERS) as pool, _explained(self.repo, self.commit):
+            headers = pool.map(self._read_header, names)
+            return {self.path / name: one for name, one in zip(names, headers, strict=True)}
+
+    def _read_header(self, name: str) -> dict[str, TensorHeader]:
+        if (self.path / name).exists():
+            return read_header(self.path / name)
+        try:
+            header = parse_safetensors_file_metadata(self.repo, name, revision=self.commit)
+        except SafetensorsParsingError as error:
+            raise ModelError(f"{self.repo}: {name} is not safetensors: {error}") from None
+        return {
+            key: TensorHeader(
+                dtype=tensor.dtype,
+                shape=tuple(tensor.shape),
+                size_bytes=tensor.data_offsets[1] - tensor.data_offsets[0],
+                offset=tensor.data_offsets[0],
+            )
+            for key, tensor in header.tensors.items()
+        }
+
+
+def find_model(
+    repo: str, *, revision: str | None, variant: Variant, dtype: str, needed: Needed | None = None
+) -> HubFolder | None:
+    """Fetch what `download_model` does but the weights; None where the Hub cannot be reached.
+
+    Raises ModelError as `download_model` does.
+    """
+    with _explained(repo, revision):
+        folder = _snapshot_of_indexes(repo, revision)
+        names = _repo_names(repo, folder.name)
+        if names is None:
+            return None
+        files = _choose(repo, folder, names, variant=variant, dtype=dtype, needed=needed)
+        _snapshot(repo, folder.name, files.small)
+    return HubFolder(repo=repo, path=folder, files=files)
 
 
 def download_tokenizer(family: str, name: str) -> Path:
@@ -62,6 +130,14 @@ def download_tokenizer(family: str, name: str) -> Path:
             "HF_HUB_OFFLINE"
         )
     return folder
+
+
+def _snapshot_of_indexes(repo: str, revision: str | None) -> Path:
+    """Fetch what the choice of files goes by, and return the folder of the commit's snapshot."""
+    # The indexes name the shards. Offline they are not asked for: huggingface_hub would refuse a
+    # snapshot that lacks one, needed or not.
+    indexes = [] if constants.HF_HUB_OFFLINE else ["*.safetensors.index*.json"]
+    return _snapshot(repo, revision, ["model_index.json", *indexes])
 
 
 def _snapshot(repo: str, revision: str | None, names: Collection[str]) -> Path:

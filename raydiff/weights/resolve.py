@@ -10,7 +10,7 @@ from typing import Any, Literal
 from raydiff.errors import ModelError, nearest
 from raydiff.request import ModelInfo, VideoModel
 from raydiff.weights.aliases import alias_names, read_alias
-from raydiff.weights.checkpoint import Checkpoint, list_files, open_checkpoint
+from raydiff.weights.checkpoint import Checkpoint, list_files, open_checkpoint, open_folder
 from raydiff.weights.components import Needed
 from raydiff.weights.fingerprint import local_revision
 from raydiff.weights.folder import Variant
@@ -83,7 +83,7 @@ def resolve_model(
     count no parameters. What is local has all of them, and its revision is that of all.
     Raises ModelError for a model that cannot be found, fetched or used, with the way out.
     """
-    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    path = _local_path(name)
     if _look(path) == "checkpoint":
         if revision is not None:
             raise ModelError(
@@ -101,6 +101,38 @@ def resolve_model(
     )
     checkpoint = open_checkpoint(folder, variant=variant, dtype=dtype, needed=needed)
     return _info(name, checkpoint, commit)
+
+
+def describe_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    variant: Variant = "auto",
+    dtype: str = "auto",
+    needed: Needed | None = None,
+) -> ModelInfo:
+    """Return what `resolve_model` does, for a process that loads nothing: no weights are fetched.
+
+    Of a model on the Hub come the configs, and of weight files that are not in the cache the
+    headers alone. Without a connection all that is needed must be in the cache.
+    """
+    path = _local_path(name)
+    if _look(path) != "checkpoint":
+        repo, pinned = _hub_repo(name, path)
+        from raydiff.weights.hub import find_model  # takes 0.3 s, and local names do without
+
+        found = find_model(
+            repo, revision=revision or pinned, variant=variant, dtype=dtype, needed=needed
+        )
+        if found is not None:
+            headers = found.read_headers()
+            checkpoint = open_folder(found.path, found.files, headers.__getitem__)
+            return _info(name, checkpoint, found.commit)
+    return resolve_model(name, revision=revision, variant=variant, dtype=dtype, needed=needed)
+
+
+def _local_path(name: str) -> Path:
+    return Path(name).expanduser() if name.startswith("~/") else Path(name)
 
 
 def _look(path: Path) -> Literal["checkpoint", "folder", "nothing"]:

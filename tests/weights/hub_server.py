@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos = repos
         self.fetched: list[str] = []
+        self.begun: list[str] = []
+        """Files of which the first bytes were asked for."""
 
     @property
     def url(self) -> str:
@@ -78,10 +81,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
         content = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            self.server.begun.append(name)
+            first, last = int(part[1]), min(int(part[2]), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            self._send(206, content[first : last + 1], headers)
+            return
         if self.command == "GET":
             self.server.fetched.append(name)
-        etag = hashlib.sha1(content).hexdigest()
-        self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        self._send(200, content, headers)
 
     def _send_json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -20,12 +20,13 @@ from dataclasses import asdict
 from raydiff.config import LTX2Config
 from raydiff.errors import ModelError
 from raydiff.weights.components import STAGES, needed_by
-from raydiff.weights.resolve import resolve_model
+from raydiff.weights.resolve import describe_model, resolve_model
 
 for arguments in json.loads(sys.argv[1]):
     arguments["needed"] = needed_by(arguments.pop("stages", STAGES), LTX2Config())
+    find = describe_model if arguments.pop("is_described", False) else resolve_model
     try:
-        answer = asdict(resolve_model(**arguments))
+        answer = asdict(find(**arguments))
     except ModelError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))
@@ -34,20 +35,22 @@ assert "torch" not in sys.modules
 
 
 def resolve(home: Path, *calls: dict[str, Any], **variables: str) -> list[dict[str, Any]]:
-    """Resolve models in a fresh process, since huggingface_hub reads its variables on import."""
+    """Resolve models as `run` does."""
+    lines = run(home, "-c", RESOLVE, json.dumps(calls), **variables).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def run(home: Path, *arguments: str, **variables: str) -> str:
+    """Run Python in a fresh process, since huggingface_hub reads its variables on import."""
     kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         kept.pop(name, None)
     environment = kept | {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | variables
     process = subprocess.run(
-        [sys.executable, "-c", RESOLVE, json.dumps(calls)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=120
     )
     assert process.returncode == 0, process.stderr
-    return [json.loads(line) for line in process.stdout.splitlines()]
+    return process.stdout
 
 
 def fill_cache(home: Path, repo: str) -> Path:
@@ -127,6 +130,53 @@ def test_a_stages_own_weights_are_fetched_and_no_others(tmp_path: Path, reposito
     counts = {"unet": 0, "vae": 0}
     assert texts == whole | {"num_parameters": whole["num_parameters"] | counts}
     assert texts["num_parameters"]["text_encoder"] > 0
+
+
+def test_a_model_is_described_from_the_headers_of_its_weights(
+    tmp_path: Path, repository: Path
+) -> None:
+    call = {"name": "org/xl", "variant": "fp16"}
+    described = call | {"is_described": True}
+    with running_hub({"org/xl": repository}) as hub:
+        (first,) = resolve(tmp_path, described, HF_ENDPOINT=hub.url)
+        assert not any(name.endswith(".safetensors") for name in hub.fetched)
+        assert "unet/config.json" in hub.fetched
+        assert sorted(hub.begun) == [
+            "text_encoder/model.fp16.safetensors",
+            "text_encoder_2/model.fp16.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "vae/diffusion_pytorch_model.fp16.safetensors",
+        ]
+        (unfit,) = resolve(tmp_path, described, HF_HUB_OFFLINE="1")
+        assert "is missing" in unfit["error"]
+        hub.begun.clear()
+        whole, cached = resolve(tmp_path, call, described, HF_ENDPOINT=hub.url)
+        assert hub.begun == []  # What is in the cache is read there.
+        gone = hub.url
+    assert resolve(tmp_path, described, HF_ENDPOINT=gone) == [whole]
+    assert first == whole == cached
+    assert min(first["num_parameters"].values()) > 0
+
+
+def test_a_plan_fetches_no_weights(tmp_path: Path, repository: Path) -> None:
+    command = ("-m", "raydiff", "plan", "--prompt", "a fox", "--model", "org/xl")
+    with running_hub({"org/xl": repository}) as hub:
+        told = run(tmp_path, *command, HF_ENDPOINT=hub.url)
+        assert "1 to render" in told
+        assert "1 x org/xl" in told
+        assert hub.begun
+        assert not any(name.endswith(".safetensors") for name in hub.fetched)
+
+
+def test_a_file_that_is_no_safetensors_is_told_before_it_is_fetched(tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    save_folder(folder, "sd21")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"<html>" * 100)
+    with running_hub({"org/broken": folder}) as hub:
+        call = {"name": "org/broken", "is_described": True}
+        (answer,) = resolve(tmp_path / "home", call, HF_ENDPOINT=hub.url)
+    assert "org/broken: unet/diffusion_pytorch_model.safetensors" in answer["error"]
+    assert "is not safetensors" in answer["error"]
 
 
 def test_the_cache_serves_when_the_hub_is_gone(tmp_path: Path, repository: Path) -> None:
