@@ -58,6 +58,8 @@ class Recipe:
     ema_decay: float = 0.9995
     timestep_power: float = 1.0
     """Below 1, noisy timesteps come more often: t = T * uniform ** power."""
+    slot_weight: float = 0.1
+    """Of the text encoders' own loss, see `slots`."""
     caption_dropout: float = 0.1
     """How often a caption is left out, for guidance."""
     seed: int = 1

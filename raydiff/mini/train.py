@@ -17,6 +17,7 @@ from raydiff.errors import OutputError
 from raydiff.mini.dataset import make_dataset
 from raydiff.mini.recipe import FAMILIES, NUM_SCENES, RECIPES, VAE, AutoencoderRecipe, MiniFamily
 from raydiff.mini.save import save_miniature, save_tokenizers
+from raydiff.mini.slots import Slots, read_slots
 from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
 from raydiff.mini.train_denoiser import train_denoiser
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -66,7 +67,9 @@ def train(
         weights = {
             f"vae.{key}": value.cpu().contiguous() for key, value in vae.state_dict().items()
         }
-        save_file({"latents": latents, **ids, **weights}, shared)
+        slots = read_slots(torch.from_numpy(dataset.tables))._asdict()
+        told = {f"slots.{key}": value.contiguous() for key, value in slots.items()}
+        save_file({"latents": latents, **told, **ids, **weights}, shared)
         del vae, latents, dataset
         jobs = [
             (family, folder, shared, scale, index)
@@ -112,6 +115,7 @@ def _train_family(family: MiniFamily, folder: Path, shared: Path, scale: float, 
     denoiser = train_denoiser(
         recipe,
         tensors["latents"].to(device),
+        Slots(*(tensors[f"slots.{name}"].to(device) for name in Slots._fields)),
         {name: tensors[f"ids.{family}.{name}"].to(device) for name in tokenizers},
         {name: _empty_ids(tokenizer, device) for name, tokenizer in tokenizers.items()},
         vocab_sizes,

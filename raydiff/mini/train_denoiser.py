@@ -1,7 +1,7 @@
 """A miniature's text encoders and UNet, trained together on the latents of captioned scenes."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,18 @@ from raydiff.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from raydiff.mini.optimise import Optimiser, autocast
 from raydiff.mini.recipe import Recipe
 from raydiff.mini.scenes import CANVAS
+from raydiff.mini.slots import SlotReader, Slots
 from raydiff.models.clip import CLIPTextConfig, CLIPTextEncoder
 from raydiff.models.unet import UNet, UNetConfig
+
+
+class Denoised(NamedTuple):
+    """What a denoiser makes of a batch."""
+
+    predicted: Tensor
+    """(B, 4, h, w)"""
+    embeds: Tensor
+    """(B, S, C): what the UNet was told of captions, before any was dropped."""
 
 
 class Denoiser(nn.Module):
@@ -40,8 +50,8 @@ class Denoiser(nn.Module):
         timesteps: Tensor,
         input_ids: dict[str, Tensor],
         is_dropped: Tensor,
-    ) -> Tensor:
-        """noisy (B, 4, h, w), timesteps (B,), ids (B, S) -> prediction (B, 4, h, w).
+    ) -> Denoised:
+        """noisy (B, 4, h, w), timesteps (B,), ids (B, S).
 
         Rows that are dropped see zeros where the pipeline has zeros for no negative prompt; where
         it has the empty prompt, their ids are its.
@@ -49,7 +59,7 @@ class Denoiser(nn.Module):
         outputs = [self.text_encoders[name](ids) for name, ids in input_ids.items()]
         if not self.has_zero_negative:
             embeds = outputs[0].last_hidden_state
-            return cast(Tensor, self.unet(noisy, timesteps, prompt_embeds=embeds))
+            return Denoised(self.unet(noisy, timesteps, prompt_embeds=embeds), embeds)
         keep = (~is_dropped).to(outputs[0].penultimate.dtype)
         embeds = torch.cat([output.penultimate for output in outputs], dim=-1)
         predicted = self.unet(
@@ -59,7 +69,7 @@ class Denoiser(nn.Module):
             text_embeds=outputs[-1].pooled * keep[:, None],
             time_ids=self.sizes.expand(len(noisy), -1),
         )
-        return cast(Tensor, predicted)
+        return Denoised(predicted, embeds)
 
 
 def encoder_config(recipe: Recipe, name: str, vocab_size: int) -> dict[str, Any]:
@@ -74,16 +84,21 @@ def encoder_config(recipe: Recipe, name: str, vocab_size: int) -> dict[str, Any]
 def train_denoiser(
     recipe: Recipe,
     latents: Tensor,
+    slots: Slots,
     input_ids: dict[str, Tensor],
     empty_ids: dict[str, Tensor],
     vocab_sizes: dict[str, int],
     log: Callable[[str], None],
 ) -> Denoiser:
-    """Train from nothing on latents (N, 4, h, w) and ids (N, captions, S), all on one device."""
+    """Train from nothing on latents (N, 4, h, w), what is in them, and ids (N, captions, S), all on
+    one device."""
     device = latents.device
     torch.manual_seed(recipe.seed)
     denoiser = Denoiser(recipe, vocab_sizes).to(device)
     denoiser.requires_grad_(True)  # text encoders come frozen
+    reader = SlotReader(recipe.unet["cross_attention_dim"]).to(device)
+    # Many small kernels become a few.
+    denoise = cast(Denoiser, torch.compile(denoiser) if device.type == "cuda" else denoiser)
     alphas = _alphas(recipe).to(device)
     is_v = recipe.scheduler["prediction_type"] == "v_prediction"
 
@@ -99,11 +114,12 @@ def train_denoiser(
         is_dropped = torch.rand(recipe.batch_size, device=device) < recipe.caption_dropout
         ids = _captions(input_ids, empty_ids, rows, is_dropped)
         with autocast(device):
-            predicted = denoiser(noisy, timesteps, ids, is_dropped)
-        return F.mse_loss(predicted.float(), target)
+            predicted, embeds = denoise(noisy, timesteps, ids, is_dropped)
+            slot_loss = reader.loss(embeds, slots.rows(rows), ~is_dropped)
+        return F.mse_loss(predicted.float(), target) + recipe.slot_weight * slot_loss
 
     optimiser = Optimiser(
-        denoiser,
+        nn.ModuleList([denoiser, reader]),
         loss_of,
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_steps,

@@ -13,6 +13,8 @@ from raydiff.mini import train as training
 from raydiff.mini.dataset import make_dataset
 from raydiff.mini.optimise import Optimiser
 from raydiff.mini.recipe import FAMILIES, MAX_TOKENS, RECIPES, AutoencoderRecipe, MiniFamily
+from raydiff.mini.scenes import COLORS
+from raydiff.mini.slots import Slots
 from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
 from raydiff.mini.train_denoiser import Denoiser, train_denoiser
 from raydiff.mini.vocabulary import words
@@ -62,6 +64,16 @@ def test_a_miniature_trains_and_renders(
         training.train(tmp_path, [family])  # type: ignore[list-item]
 
 
+def random_slots(num_scenes: int) -> Slots:
+    shape = (num_scenes, len(COLORS))
+    return Slots(
+        background=torch.randint(3, (num_scenes,)),
+        counts=torch.randint(4, shape),
+        shapes=torch.randint(4, shape),
+        places=torch.randn(*shape, 3),
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_of_a_denoiser_learns(family: MiniFamily) -> None:
     recipe = replace(RECIPES[family], num_steps=12, batch_size=8, warmup_steps=1)
@@ -73,6 +85,7 @@ def test_every_weight_of_a_denoiser_learns(family: MiniFamily) -> None:
     trained = train_denoiser(
         recipe,
         torch.randn(16, 4, 16, 16).half(),
+        random_slots(16),
         dict.fromkeys(vocab_sizes, ids),
         dict.fromkeys(vocab_sizes, ids[0, 0]),
         vocab_sizes,
