@@ -1,9 +1,8 @@
 """What text encoders are taught beside denoising: to say, slot by slot, what a caption asks for.
 
 The last tokens of every caption are padding, and padding sees all that comes before it. Each of the
-last six speaks of one colour's objects, the one before them of the background. A UNet that is told
-a scene in this order learns to draw it many times sooner than one that has to find out from pixels
-what words in a row mean.
+last six speaks of one colour's objects, the one before them of the background: a UNet that is told
+a scene in this order need not find out from pixels what words in a row mean.
 """
 
 from typing import NamedTuple
