@@ -6,7 +6,7 @@ from functools import partial
 from raydiff.config import LTX2Config, ModelConfig
 from raydiff.request import ModelInfo
 from raydiff.weights.components import STAGES, Needed, Stage, needed_by
-from raydiff.weights.resolve import describe_model, resolve_model
+from raydiff.weights.resolve import resolve_model
 
 
 class KnownModels:
@@ -44,13 +44,16 @@ def known_models(
     Of a model on the Hub what these stages need is fetched, but no weights unless some process of
     this machine is to load them.
     """
-    find = resolve_model if is_loaded_here else describe_model
     needed = needed_by(stages, ltx2 or LTX2Config())
-    return KnownModels(partial(_find, find, config, needed))
+    return KnownModels(partial(_resolve, config, needed, is_loaded_here))
 
 
-def _find(
-    find: Callable[..., ModelInfo], config: ModelConfig, needed: Needed, name: str
-) -> ModelInfo:
-    revision = config.revision if name == config.name else None
-    return find(name, revision=revision, variant=config.variant, dtype=config.dtype, needed=needed)
+def _resolve(config: ModelConfig, needed: Needed, has_weights: bool, name: str) -> ModelInfo:
+    return resolve_model(
+        name,
+        revision=config.revision if name == config.name else None,
+        variant=config.variant,
+        dtype=config.dtype,
+        needed=needed,
+        has_weights=has_weights,
+    )

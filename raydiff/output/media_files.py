@@ -102,14 +102,14 @@ def check_media(out: str | Path | Storage, row: Row) -> None:
         raise MediaError(f"it has {size:,} bytes; the metadata says {row['size_bytes']:,}")
 
 
-def next_in_shard(out: str | Path | Storage, row: Row, ending: str) -> dict[str, Any]:
-    """Return the file of that ending which follows a row's image or clip in its shard, as a row of
+def next_in_shard(out: str | Path | Storage, row: Row, member: str) -> dict[str, Any]:
+    """Return the file of that name which follows a row's image or clip in its shard, as a row of
     its own. Raises MediaError where another one does."""
     storage = open_storage(out)
     name = _checked_name(storage, row)
     following = {
         "file_name": row["file_name"],
-        "member": f"{row['member'].rpartition('.')[0]}{ending}",
+        "member": member,
         "offset": next_member(row["offset"], row["size_bytes"]),
     }
     try:

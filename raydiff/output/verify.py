@@ -288,7 +288,7 @@ def _check_sound(out: Storage, claim: _Claim) -> _Checked:
     if claim.member is None:
         sound = claim._replace(file_name=sound_name(claim.file_name))
     else:
-        sound = claim._replace(member=f"{claim.member.rpartition('.')[0]}.wav")
+        sound = claim._replace(member=sound_name(claim.member))
     try:
         data = read_sound_file(out, claim._asdict())
     except MediaError as error:

@@ -39,29 +39,9 @@ NUM_READERS = 8
 """Headers read at once."""
 
 
-def download_model(
-    repo: str, *, revision: str | None, variant: Variant, dtype: str, needed: Needed | None = None
-) -> tuple[Path, str]:
-    """Return the snapshot folder of a repository with all files that are used, and its commit.
-
-    Of components that are not `needed` it gets the configs alone.
-
-    With HF_HUB_OFFLINE=1, or without a connection, the choice is among the files in the cache.
-    Raises ModelError when they are neither in the cache nor to be had, and says the way out.
-    """
-    with _explained(repo, revision):
-        folder = _snapshot_of_indexes(repo, revision)
-        commit = folder.name
-        names = _repo_names(repo, commit)
-        files = _choose(repo, folder, names, variant=variant, dtype=dtype, needed=needed)
-        if names is not None:
-            _snapshot(repo, commit, files.names)
-    return folder, commit
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubFolder:
-    """A repository of which everything that is used is here but its weights."""
+    """A snapshot of a repository; its weight files may be on the Hub alone."""
 
     repo: str
     path: Path
@@ -101,20 +81,32 @@ class HubFolder:
         }
 
 
-def find_model(
-    repo: str, *, revision: str | None, variant: Variant, dtype: str, needed: Needed | None = None
-) -> HubFolder | None:
-    """Fetch what `download_model` does but the weights; None where the Hub cannot be reached.
+def download_model(
+    repo: str,
+    *,
+    revision: str | None,
+    variant: Variant,
+    dtype: str,
+    needed: Needed | None = None,
+    has_weights: bool = True,
+) -> HubFolder:
+    """Return the snapshot of a repository with all files that are used.
 
-    Raises ModelError as `download_model` does.
+    Of components that are not `needed`, and of all without `has_weights`, it gets the configs
+    alone.
+
+    With HF_HUB_OFFLINE=1, or without a connection, the choice is among the files in the cache.
+    Raises ModelError when they are neither in the cache nor to be had, and says the way out.
     """
     with _explained(repo, revision):
-        folder = _snapshot_of_indexes(repo, revision)
+        # The indexes name the shards, so they come before the choice of files. Offline they are
+        # not asked for: huggingface_hub would refuse a snapshot that lacks one, needed or not.
+        indexes = [] if constants.HF_HUB_OFFLINE else ["*.safetensors.index*.json"]
+        folder = _snapshot(repo, revision, ["model_index.json", *indexes])
         names = _repo_names(repo, folder.name)
-        if names is None:
-            return None
         files = _choose(repo, folder, names, variant=variant, dtype=dtype, needed=needed)
-        _snapshot(repo, folder.name, files.small)
+        if names is not None:
+            _snapshot(repo, folder.name, files.names if has_weights else files.small)
     return HubFolder(repo=repo, path=folder, files=files)
 
 
@@ -130,14 +122,6 @@ def download_tokenizer(family: str, name: str) -> Path:
             "HF_HUB_OFFLINE"
         )
     return folder
-
-
-def _snapshot_of_indexes(repo: str, revision: str | None) -> Path:
-    """Fetch what the choice of files goes by, and return the folder of the commit's snapshot."""
-    # The indexes name the shards. Offline they are not asked for: huggingface_hub would refuse a
-    # snapshot that lacks one, needed or not.
-    indexes = [] if constants.HF_HUB_OFFLINE else ["*.safetensors.index*.json"]
-    return _snapshot(repo, revision, ["model_index.json", *indexes])
 
 
 def _snapshot(repo: str, revision: str | None, names: Collection[str]) -> Path:

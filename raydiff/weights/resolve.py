@@ -74,6 +74,7 @@ def resolve_model(
     variant: Variant = "auto",
     dtype: str = "auto",
     needed: Needed | None = None,
+    has_weights: bool = True,
 ) -> ModelInfo:
     """Return what validation and planning need to know; downloads what is not on this machine.
 
@@ -81,9 +82,11 @@ def resolve_model(
     revision: Hub branch, tag or commit. variant, dtype: which weight files, see `choose_files`.
     needed: of which components weights are fetched from the Hub, None for all; those of others
     count no parameters. What is local has all of them, and its revision is that of all.
+    has_weights: False for a process that loads nothing. Of weight files that are not in the Hub's
+    cache it reads the headers alone; without a connection they must be there all the same.
     Raises ModelError for a model that cannot be found, fetched or used, with the way out.
     """
-    path = _local_path(name)
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
     if _look(path) == "checkpoint":
         if revision is not None:
             raise ModelError(
@@ -96,43 +99,16 @@ def resolve_model(
     repo, pinned = _hub_repo(name, path)
     from raydiff.weights.hub import download_model  # takes 0.3 s, and local names do without
 
-    folder, commit = download_model(
-        repo, revision=revision or pinned, variant=variant, dtype=dtype, needed=needed
+    found = download_model(
+        repo,
+        revision=revision or pinned,
+        variant=variant,
+        dtype=dtype,
+        needed=needed,
+        has_weights=has_weights,
     )
-    checkpoint = open_checkpoint(folder, variant=variant, dtype=dtype, needed=needed)
-    return _info(name, checkpoint, commit)
-
-
-def describe_model(
-    name: str,
-    *,
-    revision: str | None = None,
-    variant: Variant = "auto",
-    dtype: str = "auto",
-    needed: Needed | None = None,
-) -> ModelInfo:
-    """Return what `resolve_model` does, for a process that loads nothing: no weights are fetched.
-
-    Of a model on the Hub come the configs, and of weight files that are not in the cache the
-    headers alone. Without a connection all that is needed must be in the cache.
-    """
-    path = _local_path(name)
-    if _look(path) != "checkpoint":
-        repo, pinned = _hub_repo(name, path)
-        from raydiff.weights.hub import find_model  # takes 0.3 s, and local names do without
-
-        found = find_model(
-            repo, revision=revision or pinned, variant=variant, dtype=dtype, needed=needed
-        )
-        if found is not None:
-            headers = found.read_headers()
-            checkpoint = open_folder(found.path, found.files, headers.__getitem__)
-            return _info(name, checkpoint, found.commit)
-    return resolve_model(name, revision=revision, variant=variant, dtype=dtype, needed=needed)
-
-
-def _local_path(name: str) -> Path:
-    return Path(name).expanduser() if name.startswith("~/") else Path(name)
+    checkpoint = open_folder(found.path, found.files, found.read_headers().__getitem__)
+    return _info(name, checkpoint, found.commit)
 
 
 def _look(path: Path) -> Literal["checkpoint", "folder", "nothing"]:

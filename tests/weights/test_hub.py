@@ -20,13 +20,12 @@ from dataclasses import asdict
 from raydiff.config import LTX2Config
 from raydiff.errors import ModelError
 from raydiff.weights.components import STAGES, needed_by
-from raydiff.weights.resolve import describe_model, resolve_model
+from raydiff.weights.resolve import resolve_model
 
 for arguments in json.loads(sys.argv[1]):
     arguments["needed"] = needed_by(arguments.pop("stages", STAGES), LTX2Config())
-    find = describe_model if arguments.pop("is_described", False) else resolve_model
     try:
-        answer = asdict(find(**arguments))
+        answer = asdict(resolve_model(**arguments))
     except ModelError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))
@@ -136,7 +135,7 @@ def test_a_model_is_described_from_the_headers_of_its_weights(
     tmp_path: Path, repository: Path
 ) -> None:
     call = {"name": "org/xl", "variant": "fp16"}
-    described = call | {"is_described": True}
+    described = call | {"has_weights": False}
     with running_hub({"org/xl": repository}) as hub:
         (first,) = resolve(tmp_path, described, HF_ENDPOINT=hub.url)
         assert not any(name.endswith(".safetensors") for name in hub.fetched)
@@ -173,7 +172,7 @@ def test_a_file_that_is_no_safetensors_is_told_before_it_is_fetched(tmp_path: Pa
     save_folder(folder, "sd21")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"<html>" * 100)
     with running_hub({"org/broken": folder}) as hub:
-        call = {"name": "org/broken", "is_described": True}
+        call = {"name": "org/broken", "has_weights": False}
         (answer,) = resolve(tmp_path / "home", call, HF_ENDPOINT=hub.url)
     assert "org/broken: unet/diffusion_pytorch_model.safetensors" in answer["error"]
     assert "is not safetensors" in answer["error"]

@@ -48,7 +48,8 @@ def read_frames_index(data: bytes) -> dict[str, Any]:
 
 
 def sound_name(file_name: str) -> str:
-    """Return the name of the WAV file beside a clip's file, or beside its folder of frames."""
+    """Return the name of the WAV file beside a clip's file or its folder of frames, or of that
+    after a clip in a shard."""
     is_index = is_frames_index(file_name)
     return file_name.rpartition("/" if is_index else ".")[0] + ".wav"
 
@@ -59,7 +60,7 @@ def sound_row(out: str | Path | Storage, row: Row) -> dict[str, Any]:
     Raises MediaError.
     """
     if row.get("member") is not None:
-        return next_in_shard(out, row, ".wav")
+        return next_in_shard(out, row, sound_name(row["member"]))
     return {"file_name": sound_name(row["file_name"])}
 
 
