@@ -132,6 +132,10 @@ def _render(scene: Scene, sampling: Sampling, pipe: Any, batch: int) -> tuple[fl
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, **fixed)
         arguments["sigmas"] = list(DISTILLED_SIGMAS[:-1])
     denoise_s, (video, audio) = timed(lambda: pipe(**arguments))
+    if tuple(video.shape[2:]) != tuple(scene.latent_size):
+        raise RuntimeError(
+            f"diffusers made latents {tuple(video.shape[2:])}, not {tuple(scene.latent_size)}"
+        )
     decode_s, _ = timed(_decode, pipe, video, audio)
     pipe.scheduler = pipe.scheduler.from_config(SCHEDULER)
     return encode_s, denoise_s, decode_s

@@ -158,7 +158,7 @@ def test_an_fp8_copy_computes_in_fp8_and_takes_less_memory(tiny_ltx2: Path, tmp_
     num_fp8 = sum(layer.weight.numel() for layer in layers)
     assert rough.info.num_fp8_parameters == {"transformer": num_fp8}
     assert exact.info.num_fp8_parameters == {"transformer": 0}
-    assert num_fp8 > 0.5 * exact.info.num_parameters["transformer"]
+    assert num_fp8 > 0.4 * exact.info.num_parameters["transformer"]
     clips = [render(pipeline).pixels[0].astype(int) for pipeline in (exact, rough)]
     assert 0 < np.abs(clips[0] - clips[1]).mean() < 16
 

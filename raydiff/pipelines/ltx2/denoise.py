@@ -25,6 +25,9 @@ from raydiff.pipelines.ltx2.text import connect_texts
 from raydiff.request import RenderRequest, row_guidance
 from raydiff.video_settings import RowGuidance, VideoSettings
 
+SPARE_SHARE = 0.1
+"""Of the GPU's free memory, what texts' keys and values may take to spare each step their work."""
+
 
 class Tokens(NamedTuple):
     """Packed latents, float32."""
@@ -195,7 +198,17 @@ class Denoising:
             latent_size=size,
             num_audio_tokens=self._num_audio_tokens,
             frame_rates=[self._settings.frame_rate] * len(rows),
+            keeps_keys_values=self._has_room_for(transformer.keys_values_bytes(*video.shape[:2])),
         )
+
+    def _has_room_for(self, num_bytes: int) -> bool:
+        """Whether the GPU has so much memory to spare."""
+        if self._device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(self._device)
+        free += torch.cuda.memory_reserved(self._device)
+        free -= torch.cuda.memory_allocated(self._device)
+        return num_bytes <= SPARE_SHARE * free
 
     def _connect_texts(self) -> dict[str, TextEmbeds]:
         """Return each text's embeddings (1, S, C), on the device that denoises."""
