@@ -56,8 +56,9 @@ class Recipe:
     learning_rate: float = 1.5e-3
     warmup_steps: int = 500
     ema_decay: float = 0.9995
-    timestep_power: float = 1.0
-    """Below 1, noisy timesteps come more often: t = T * uniform ** power."""
+    max_error_weight: float = 100.0
+    """Of predicted noise: an error in it makes one of 1 / alpha times its square in what the other
+    kind of prediction says, and counts as much, up to this. Layout is decided at high noise."""
     slot_weight: float = 0.1
     """Of the text encoders' own loss, see `slots`."""
     caption_dropout: float = 0.1
@@ -137,8 +138,6 @@ RECIPES: dict[MiniFamily, Recipe] = {
         },
         scheduler=tiny.SDXL_SCHEDULER | {"beta_end": BETA_END},
         has_zero_negative=True,
-        # Layout is decided at high noise, where an error in the predicted noise counts for little.
-        timestep_power=0.6,
         pad_tokens={"text_encoder": "<|endoftext|>", "text_encoder_2": "!"},
     ),
 }

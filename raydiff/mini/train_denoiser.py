@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydiff.diffusion.schedule import ScheduleConfig, alphas_cumprod
@@ -96,6 +95,9 @@ def train_denoiser(
     torch.manual_seed(recipe.seed)
     denoiser = Denoiser(recipe, vocab_sizes).to(device)
     denoiser.requires_grad_(True)  # text encoders come frozen
+    if device.type == "cuda":
+        # As its convolutions compute.
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     reader = SlotReader(recipe.unet["cross_attention_dim"]).to(device)
     # Many small kernels become a few.
     denoise = cast(Denoiser, torch.compile(denoiser) if device.type == "cuda" else denoiser)
@@ -106,8 +108,7 @@ def train_denoiser(
         rows = _random(len(latents), recipe.batch_size, device)
         clean = latents[rows].float()
         noise = torch.randn_like(clean)
-        chance = torch.rand(recipe.batch_size, device=device)
-        timesteps = (len(alphas) * chance**recipe.timestep_power).long().clamp(max=len(alphas) - 1)
+        timesteps = _random(len(alphas), recipe.batch_size, device)
         alpha = alphas[timesteps][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean if is_v else noise
@@ -116,7 +117,11 @@ def train_denoiser(
         with autocast(device):
             predicted, embeds = denoise(noisy, timesteps, ids, is_dropped)
             slot_loss = reader.loss(embeds, slots.rows(rows), ~is_dropped)
-        return F.mse_loss(predicted.float(), target) + recipe.slot_weight * slot_loss
+        error = (predicted.float() - target).square()
+        if not is_v:
+            error = error * alpha.reciprocal().clamp(max=recipe.max_error_weight)
+        loss: Tensor = error.mean() + recipe.slot_weight * slot_loss
+        return loss
 
     optimiser = Optimiser(
         nn.ModuleList([denoiser, reader]),
