@@ -51,7 +51,7 @@ class Recipe:
     has_zero_negative: bool
     pad_tokens: dict[str, str]
     """By text encoder; SDXL's two differ."""
-    num_steps: int = 60_000
+    num_steps: int = 22_000
     batch_size: int = 512
     learning_rate: float = 1.5e-3
     warmup_steps: int = 500
@@ -71,17 +71,18 @@ class AutoencoderRecipe:
     """The autoencoder that both miniatures share."""
 
     config: dict[str, Any] = field(default_factory=lambda: dict(VAE))
-    num_steps: int = 3000
-    batch_size: int = 256
+    num_steps: int = 12_000
+    batch_size: int = 64
     learning_rate: float = 2e-3
-    warmup_steps: int = 200
+    warmup_steps: int = 500
+    ema_decay: float = 0.999
     kl_weight: float = 1e-5
     edge_weight: float = 1.0
     """Of the difference between neighbouring pixels' differences: it keeps edges sharp."""
     seed: int = 0
 
 
-NUM_SCENES = 600_000
+NUM_SCENES = 400_000
 CAPTIONS_PER_SCENE = 2
 DATA_SEED = 20_000
 
@@ -138,6 +139,7 @@ RECIPES: dict[MiniFamily, Recipe] = {
         },
         scheduler=tiny.SDXL_SCHEDULER | {"beta_end": BETA_END},
         has_zero_negative=True,
+        num_steps=32_000,
         pad_tokens={"text_encoder": "<|endoftext|>", "text_encoder_2": "!"},
     ),
 }

@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from raydiff.errors import ModelError
 from raydiff.mini.recipe import MAX_TOKENS, VAE, Recipe
 from raydiff.mini.train_denoiser import Denoiser, encoder_config
 from raydiff.mini.vocabulary import words
-from raydiff.models.autoencoder_kl import AutoencoderKL
+from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from raydiff.pipelines.save import save_component, save_index
 from raydiff.tokenizer import write_tiny_tokenizer
+from raydiff.weights.folder import read_json
 
 
 def save_tokenizers(recipe: Recipe, folder: Path) -> dict[str, Path]:
@@ -21,6 +25,25 @@ def save_tokenizers(recipe: Recipe, folder: Path) -> dict[str, Path]:
     for name, tokenizer in folders.items():
         write_tiny_tokenizer(tokenizer, recipe.pad_tokens[name], words(), MAX_TOKENS)
     return folders
+
+
+def save_autoencoder(folder: Path, vae: AutoencoderKL) -> None:
+    """Write the autoencoder alone, as a pipeline's folder `vae` has it."""
+    save_component(folder, VAE, _half(vae))
+
+
+def load_autoencoder(folder: str | Path) -> AutoencoderKL:
+    """Read what `save_autoencoder` wrote, in float32; ModelError for anything else."""
+    folder = Path(folder)
+    if read_json(folder / "config.json") != VAE:
+        raise ModelError(f"{folder}: not the miniatures' autoencoder; `raydiff mini autoencoder`")
+    try:
+        tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: its weights cannot be read: {error}") from None
+    vae = AutoencoderKL(AutoencoderKLConfig.from_dict(VAE))
+    vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return vae
 
 
 def save_miniature(

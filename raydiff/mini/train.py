@@ -14,9 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raydiff.errors import OutputError
-from raydiff.mini.dataset import make_dataset
+from raydiff.mini.dataset import Dataset, make_dataset
 from raydiff.mini.recipe import FAMILIES, NUM_SCENES, RECIPES, VAE, AutoencoderRecipe, MiniFamily
-from raydiff.mini.save import save_miniature, save_tokenizers
+from raydiff.mini.save import (
+    load_autoencoder,
+    save_autoencoder,
+    save_miniature,
+    save_tokenizers,
+)
 from raydiff.mini.slots import Slots, read_slots
 from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
 from raydiff.mini.train_denoiser import train_denoiser
@@ -30,25 +35,22 @@ def train(
     out: str | Path,
     families: Sequence[MiniFamily] = FAMILIES,
     *,
+    autoencoder: str | Path | None = None,
     scale: float = 1.0,
     log: Log = print,
 ) -> list[Path]:
     """Write OUT/mini-<family> for each family and return the folders.
 
+    `autoencoder` is a folder that `train_shared` wrote; without it that training comes first.
     `scale` shortens everything (scenes, steps) for a quick try. On a GPU the families train side
-    by side, on as many GPUs as there are. Raises OutputError where a folder is not empty.
+    by side, on as many GPUs as there are. Raises OutputError where a folder is not empty,
+    ModelError for an autoencoder that is not one of the miniatures'.
     """
-    started = time.monotonic()
     folders = {family: Path(out) / f"mini-{family}" for family in families}
     for folder in folders.values():
-        if folder.exists() and any(folder.iterdir()):
-            raise OutputError(f"{folder} is not empty; name a new folder with --out")
-
-    def say(text: str) -> None:
-        log(f"{time.monotonic() - started:6.0f} s  {text}")
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")
+        _want_empty(folder)
+    given = None if autoencoder is None else load_autoencoder(autoencoder)
+    say, device = _start(log)
     tokenizers = {
         f"{family}.{name}": tokenizer
         for family, folder in folders.items()
@@ -56,11 +58,10 @@ def train(
     }
     dataset = make_dataset(max(1, int(NUM_SCENES * scale)), tokenizers)
     say(f"{len(dataset.tables):,} scenes")
-    recipe = AutoencoderRecipe()
-    recipe = replace(recipe, num_steps=max(1, int(recipe.num_steps * scale)))
-    vae = train_autoencoder(recipe, dataset.tables, device, say)
+    vae = given or _train_autoencoder(dataset, device, scale, say)
+    vae.to(device)
     latents = encode_scenes(vae, dataset.tables, device).cpu()
-    say("autoencoder done, scenes encoded")
+    say("scenes encoded")
     with TemporaryDirectory(prefix="raydiff-mini-") as name:
         shared = Path(name) / "shared.safetensors"
         ids = {f"ids.{one}": torch.from_numpy(ids) for one, ids in dataset.input_ids.items()}
@@ -78,6 +79,45 @@ def train(
         _run(jobs, is_parallel=device.type == "cuda")
     say("done")
     return list(folders.values())
+
+
+def train_shared(out: str | Path, *, scale: float = 1.0, log: Log = print) -> Path:
+    """Train the autoencoder that the miniatures share, write it into the folder OUT and return it.
+
+    Raises OutputError where the folder is not empty.
+    """
+    folder = Path(out)
+    _want_empty(folder)
+    say, device = _start(log)
+    dataset = make_dataset(max(1, int(NUM_SCENES * scale)), {})
+    say(f"{len(dataset.tables):,} scenes")
+    save_autoencoder(folder, _train_autoencoder(dataset, device, scale, say))
+    say("done")
+    return folder
+
+
+def _want_empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is not empty; name a new folder with --out")
+
+
+def _start(log: Log) -> tuple[Log, torch.device]:
+    """Return a log with the seconds since now, and the device to train on."""
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        log(f"{time.monotonic() - started:6.0f} s  {text}")
+
+    torch.set_float32_matmul_precision("high")
+    return say, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _train_autoencoder(
+    dataset: Dataset, device: torch.device, scale: float, log: Log
+) -> AutoencoderKL:
+    recipe = AutoencoderRecipe()
+    recipe = replace(recipe, num_steps=max(1, int(recipe.num_steps * scale)))
+    return train_autoencoder(recipe, dataset.tables, device, log)
 
 
 def _run(jobs: Sequence[tuple[MiniFamily, Path, Path, float, int]], *, is_parallel: bool) -> None:

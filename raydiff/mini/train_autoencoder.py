@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raydiff.mini.draw import draw
 from raydiff.mini.optimise import Optimiser, autocast
-from raydiff.mini.recipe import AutoencoderRecipe
+from raydiff.mini.recipe import LATENT_SIZE, AutoencoderRecipe
 from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, sample
 
 ENCODE_BATCH = 512
@@ -28,13 +28,18 @@ def train_autoencoder(
     vae = AutoencoderKL(AutoencoderKLConfig.from_dict(recipe.config)).to(device)
     vae.requires_grad_(True)
     scenes = torch.from_numpy(tables).to(device)
+    is_compiled = device.type == "cuda"
+    draw_scenes = torch.compile(draw) if is_compiled else draw
+    loss_from = torch.compile(_loss) if is_compiled else _loss
+    noise_shape = (recipe.batch_size, vae.config.latent_channels, LATENT_SIZE, LATENT_SIZE)
 
     def loss_of() -> Tensor:
         rows = torch.randint(len(scenes), (recipe.batch_size,), device=device)
+        noise = torch.randn(noise_shape, device=device)
         with torch.no_grad():
-            pixels = draw(scenes[rows])
+            pixels = draw_scenes(scenes[rows])
         with autocast(device):
-            return _loss(vae, pixels, recipe.kl_weight, recipe.edge_weight)
+            return loss_from(vae, pixels, noise, recipe.kl_weight, recipe.edge_weight)
 
     optimiser = Optimiser(
         vae,
@@ -42,11 +47,13 @@ def train_autoencoder(
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup_steps,
         num_steps=recipe.num_steps,
+        ema_decay=recipe.ema_decay,
     )
     for step in range(recipe.num_steps):
         loss = optimiser.step()
         if (step + 1) % 500 == 0:
             log(f"autoencoder: step {step + 1} of {recipe.num_steps}, loss {loss.item():.4f}")
+    optimiser.load_average()
     vae.requires_grad_(False)
     _whiten(vae, scenes[:WHITEN_SCENES])
     return vae
@@ -59,10 +66,11 @@ def encode_scenes(vae: AutoencoderKL, tables: NDArray[np.float32], device: torch
     return torch.cat(means).contiguous()
 
 
-def _loss(vae: AutoencoderKL, pixels: Tensor, kl_weight: float, edge_weight: float) -> Tensor:
+def _loss(
+    vae: AutoencoderKL, pixels: Tensor, noise: Tensor, kl_weight: float, edge_weight: float
+) -> Tensor:
     moments = vae.encode(pixels)
     mean, logvar = moments.mean.float(), moments.logvar.float()
-    noise = torch.randn_like(mean)
     decoded = vae.decode(sample(type(moments)(mean, logvar), noise)).float()
     error = (decoded - pixels).abs().mean()
     edges = sum((decoded.diff(dim=dim) - pixels.diff(dim=dim)).abs().mean() for dim in (-1, -2))

@@ -1,18 +1,28 @@
 """Training, a few steps of it: what it writes is a pipeline like any other."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import raydiff
-from raydiff.errors import OutputError
+from raydiff.errors import ModelError, OutputError
 from raydiff.mini import train as training
 from raydiff.mini.dataset import make_dataset
 from raydiff.mini.optimise import Optimiser
-from raydiff.mini.recipe import FAMILIES, MAX_TOKENS, RECIPES, AutoencoderRecipe, MiniFamily
+from raydiff.mini.recipe import (
+    FAMILIES,
+    MAX_TOKENS,
+    RECIPES,
+    VAE,
+    AutoencoderRecipe,
+    MiniFamily,
+)
 from raydiff.mini.scenes import COLORS
 from raydiff.mini.slots import Slots
 from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
@@ -62,6 +72,36 @@ def test_a_miniature_trains_and_renders(
     assert rendered.pixels[0].shape == (128, 128, 3)
     with pytest.raises(OutputError, match="not empty"):
         training.train(tmp_path, [family])  # type: ignore[list-item]
+
+
+def test_an_autoencoder_is_trained_once_for_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "AutoencoderRecipe", lambda: SMALL_VAE)
+    monkeypatch.setattr(training, "NUM_SCENES", 16)
+    recipe = replace(RECIPES["sdxl"], num_steps=2, batch_size=2)
+    monkeypatch.setitem(RECIPES, "sdxl", recipe)
+    shared = training.train_shared(tmp_path / "shared", log=lambda text: None)
+    with pytest.raises(OutputError, match="not empty"):
+        training.train_shared(shared)
+    lines: list[str] = []
+    (folder,) = training.train(tmp_path / "models", ["sdxl"], autoencoder=shared, log=lines.append)
+    assert not any("autoencoder: step" in line for line in lines)
+    weights = "diffusion_pytorch_model.safetensors"
+    given, used = (load_file(one / weights) for one in (shared, folder / "vae"))
+    assert given.keys() == used.keys()
+    assert all(torch.equal(given[name], used[name]) for name in given)
+
+
+def test_an_autoencoder_of_another_kind_is_refused(tmp_path: Path, tiny_sdxl: Path) -> None:
+    with pytest.raises(ModelError, match="not the miniatures' autoencoder"):
+        training.train(tmp_path / "models", ["sdxl"], autoencoder=tiny_sdxl / "vae")
+    shutil.copytree(tiny_sdxl / "vae", tmp_path / "cut")
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(VAE))
+    (tmp_path / "cut" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 7)
+    with pytest.raises(ModelError, match="weights cannot be read"):
+        training.train(tmp_path / "models", ["sdxl"], autoencoder=tmp_path / "cut")
+    assert not (tmp_path / "models").exists()
 
 
 def random_slots(num_scenes: int) -> Slots:
