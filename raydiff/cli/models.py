@@ -1,5 +1,5 @@
-"""`raydiff models`: list published checkpoints, look into them, download them, make tiny ones and
-fp8 copies."""
+"""`raydiff models`: list checkpoints by short name, look into them, download them, make tiny ones
+and fp8 copies."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def models() -> None:
 @models.command("list")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def list_models(is_json: bool) -> None:
-    """List the published checkpoints that have a short name.
+    """List the checkpoints that have a short name: published ones and those that ship with raydiff.
 
     \b
     raydiff models list
@@ -39,7 +39,7 @@ def list_models(is_json: bool) -> None:
     for alias in aliases:
         click.echo(f"{alias.name}: {alias.description}")
         gated = ", to be accepted on the Hub first" if alias.gated else ""
-        click.echo(f"  {alias.repo} ({alias.licence}{gated})")
+        click.echo(f"  {alias.repo or alias.path} ({alias.licence}{gated})")
 
 
 @models.command()

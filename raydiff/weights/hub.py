@@ -113,11 +113,12 @@ def download_model(
 def download_tokenizer(family: str, name: str) -> Path:
     """Return the folder of a family's published tokenizer (`tokenizer` or `tokenizer_2`)."""
     alias = read_alias(family)
-    with _explained(alias.repo, alias.revision):
-        folder = _snapshot(alias.repo, alias.revision, [f"{name}/*"]) / name
+    repo = alias.hub_id
+    with _explained(repo, alias.revision):
+        folder = _snapshot(repo, alias.revision, [f"{name}/*"]) / name
     if not folder.is_dir():
         raise ModelError(
-            f"{alias.repo}: its {name}/ is not in the Hub's cache, and a single file carries no "
+            f"{repo}: its {name}/ is not in the Hub's cache, and a single file carries no "
             f"tokenizer. Put a {name}/ folder (vocab.json, merges.txt) beside the file, or unset "
             "HF_HUB_OFFLINE"
         )

@@ -3,6 +3,7 @@ before any weight is loaded."""
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,9 +85,15 @@ def resolve_model(
     count no parameters. What is local has all of them, and its revision is that of all.
     has_weights: False for a process that loads nothing. Of weight files that are not in the Hub's
     cache it reads the headers alone; without a connection they must be there all the same.
+    A local checkpoint called like an alias comes first, without the alias's defaults.
     Raises ModelError for a model that cannot be found, fetched or used, with the way out.
     """
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    alias = None
+    if _look(path) != "checkpoint" and name in alias_names():
+        alias = read_alias(name)
+        path = alias.path or path
+    defaults = {} if alias is None else alias.defaults
     if _look(path) == "checkpoint":
         if revision is not None:
             raise ModelError(
@@ -95,8 +102,8 @@ def resolve_model(
         path = path.resolve()
         checkpoint = open_checkpoint(path, variant=variant, dtype=dtype)
         files = _files(checkpoint, variant=variant, dtype=dtype)
-        return _info(name, checkpoint, local_revision(files))
-    repo, pinned = _hub_repo(name, path)
+        return _info(name, checkpoint, local_revision(files), defaults)
+    repo, pinned = (_hub_id(name, path), None) if alias is None else (alias.hub_id, alias.revision)
     from raydiff.weights.hub import download_model  # takes 0.3 s, and local names do without
 
     found = download_model(
@@ -108,7 +115,7 @@ def resolve_model(
         has_weights=has_weights,
     )
     checkpoint = open_folder(found.path, found.files, found.read_headers().__getitem__)
-    return _info(name, checkpoint, found.commit)
+    return _info(name, checkpoint, found.commit, defaults)
 
 
 def _look(path: Path) -> Literal["checkpoint", "folder", "nothing"]:
@@ -134,11 +141,8 @@ def default_sampler(scheduler: dict[str, Any]) -> str:
     return "dpmpp_2m_sde" if sampler == "dpmpp_2m" and is_sde else sampler
 
 
-def _hub_repo(name: str, path: Path) -> tuple[str, str | None]:
-    """Return the Hub id and pinned revision for a name that is no local checkpoint."""
-    if name in alias_names():
-        alias = read_alias(name)
-        return alias.repo, alias.revision
+def _hub_id(name: str, path: Path) -> str:
+    """Return a name that is no local checkpoint and no alias; ModelError unless it is a Hub id."""
     if _look(path) == "folder":
         raise ModelError(
             f"{path}: no model_index.json; expected a pipeline folder in diffusers layout, or the "
@@ -154,7 +158,7 @@ def _hub_repo(name: str, path: Path) -> tuple[str, str | None]:
             f"model {shown!r}: no such folder, .safetensors file or alias; {nearest(name, aliases)}"
             f"aliases: {', '.join(aliases)}; or give a Hub id such as {read_alias('sdxl').repo}"
         )
-    return name, None
+    return name
 
 
 def _files(checkpoint: Checkpoint, *, variant: Variant, dtype: str) -> dict[str, Path]:
@@ -186,8 +190,12 @@ def _name_beside(path: Path, file: Path) -> str:
     return "single.safetensors" if file == path else file.relative_to(path.parent).as_posix()
 
 
-def _info(name: str, checkpoint: Checkpoint, revision: str) -> ModelInfo:
+def _info(
+    name: str, checkpoint: Checkpoint, revision: str, defaults: Mapping[str, float]
+) -> ModelInfo:
+    """`defaults` are an alias's own."""
     own = _clip_info(checkpoint) if checkpoint.family == "ltx2" else _image_info(checkpoint)
+    own |= {f"default_{key}": value for key, value in defaults.items()}
     return ModelInfo(
         name=name,
         family=checkpoint.family,

@@ -19,6 +19,7 @@ from raydiff.engine.renderers import PipelineRenderer
 from raydiff.errors import ModelError
 from raydiff.request import ModelInfo, RenderRequest, with_request_id
 from raydiff.weights.resolve import resolve_model
+from tests.weights.packaged import package_in
 
 
 def request(info: ModelInfo, seed: int, **values: object) -> RenderRequest:
@@ -79,6 +80,30 @@ def test_a_checkpoint_that_changed_is_refused(renderer: PipelineRenderer, tiny_s
     for _ in range(2):
         with pytest.raises(ModelError, match="files changed during the run"):
             renderer.render([changed])
+
+
+def test_a_packaged_checkpoint_is_found_where_another_nodes_package_lies(
+    tiny_sd21: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = package_in(tmp_path / "there" / "raydiff", monkeypatch)
+    shutil.copytree(tiny_sd21, package / "mini" / "weights" / "mini-sd21")
+    info = resolve_model("mini-sd21")
+    here = package_in(package.rename(tmp_path / "raydiff"), monkeypatch)
+    assert not Path(info.path).exists()
+
+    def made(**arguments: Any) -> PipelineRenderer:
+        memory = MemoryConfig(profile="cpu_only")
+        return PipelineRenderer(model=ModelConfig(name=info.name), memory=memory, **arguments)
+
+    preloaded, later = made(preload=info), made()
+    preloaded.start()
+    later.start()
+    pixels = [one.render([request(info, 0)]).pixels[0] for one in (preloaded, later)]
+    assert np.array_equal(*pixels)
+    config = here / "mini" / "weights" / "mini-sd21" / "unet" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(ModelError, match="mini-sd21: its files changed during the run"):
+        made(preload=info).start()
 
 
 def test_a_snapshot_with_other_stages_weights_is_completed_first(

@@ -21,7 +21,7 @@ from raydiff.engine.plan import open_rows
 from raydiff.engine.render import RENDERER
 from raydiff.engine.rerender import Rerendered, Rerenderer, request_of
 from raydiff.engine.worker import Worker, WorkerSpec
-from raydiff.errors import ConfigError
+from raydiff.errors import ConfigError, ModelError
 from raydiff.manifest.rows import read_rows
 from raydiff.output.ledger import Ledger
 from raydiff.output.row_samples import find_request, sample_requests
@@ -33,11 +33,12 @@ from raydiff.output.video.writer import VideoWriter
 from raydiff.output.writer import clip_of
 from raydiff.request import RenderBatch, batch_key, num_evaluations
 from raydiff.video_codecs import VideoFormat
+from tests.weights.packaged import add_alias, package_in
 
 NUM_FRAMES = 9
 
 
-def render_clips(out: Path, model: Path, **output: object) -> None:
+def render_clips(out: Path, model: str | Path, **output: object) -> None:
     """Render three clips in one batch on two threads with a real worker, and commit their rows."""
     values = {f"output.{name}": value for name, value in output.items()}
     defaults = {"height": 64, "width": 64, "num_frames": NUM_FRAMES, "frame_rate": 8.0}
@@ -95,6 +96,26 @@ def again(out: Path) -> list[Rerendered]:
     rows = sample_requests(out, share=1.0, number=1, seed=0).to_pylist()
     renderer = Rerenderer(out)
     return [renderer.render(row) for row in rows]
+
+
+def test_a_run_names_a_packaged_model_by_its_alias(
+    tiny_ltx2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = package_in(tmp_path / "package", monkeypatch)
+    shutil.copytree(tiny_ltx2, package / "tiny")
+    add_alias("tiny-clips", tmp_path / "configs", monkeypatch, folder="tiny", family="ltx2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    render_clips(tmp_path / "out", "tiny-clips", video="mp4")
+    package_in(package.rename(tmp_path / "elsewhere"), monkeypatch)
+    rendered = again(tmp_path / "out")
+    assert len(rendered) == 3
+    assert all(one.is_equal for one in rendered)
+    (row, *_) = sample_requests(tmp_path / "out", share=1.0, number=1, seed=0).to_pylist()
+    assert row["model"] == "tiny-clips"
+    config = tmp_path / "elsewhere" / "tiny" / "transformer" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(ModelError, match="tiny-clips: it is revision local-"):
+        again(tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,8 @@ def test_every_alias_is_complete() -> None:
     for name in alias_names():
         alias = read_alias(name)
         assert alias.name == name
-        assert alias.repo.count("/") == 1
+        assert (alias.repo is None) == (alias.folder is not None)
+        assert alias.repo is None or alias.repo.count("/") == 1
         assert alias.family in ("sd21", "sdxl", "ltx2")
         assert alias.description
         assert alias.licence
