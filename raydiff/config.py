@@ -235,6 +235,8 @@ class OutputConfig(Section):
     number of cores is not."""
     strip_metadata: bool = False
     """Leave the request out of the file."""
+    sheet: str | None = None
+    """A .png or .pdf file for a contact sheet of the first 100 results, written when a run ends."""
     commit_s: float = Field(2.0, gt=0)
     """Longest time that a finished row waits for its metadata to be committed."""
     commit_rows: int = Field(5000, ge=1)

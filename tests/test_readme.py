@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raydiff.mini.measure import find_objects
+from raydiff.mini.scenes import COLORS, SHAPES
+from raydiff.output.ledger import read_results
 from tests.s3_server import FaultyS3
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +45,7 @@ REPLACED = {
     "--model video-model-fp8": f"--model video-model-fp8 {SMALL_CLIP} {FEW_STEPS}",
     "--model ltx2.3-distilled": f"--model ltx2.3-distilled {SMALL_CLIP}",  # its steps are fixed
     "49, 49": "9, 9",
+    "raydiff bench mini\n": "raydiff bench mini --captions 8\n",
     "-m pytest -q -n 2": "-m pytest -q --collect-only tests/test_readme.py",  # this is part of it
 }
 
@@ -80,6 +85,25 @@ def run_in_a_group(
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "3": 3}
+ASKED = re.compile(
+    rf"\b({'|'.join(NUMBERS)}) (?:[a-z]+ )??({'|'.join(COLORS)}) ({'|'.join(SHAPES)})s?\b"
+)
+
+
+def demo_pictures_that_follow(out: Path) -> int:
+    """Count the demo's pictures that have the objects of their prompts, and no others."""
+    num_right = 0
+    for row in read_results(out).to_pylist():
+        asked = Counter[tuple[str, str]]()
+        for number, color, shape in ASKED.findall(row["prompt"]):
+            asked[color, shape] += NUMBERS[number]
+        assert asked
+        found = find_objects(np.asarray(Image.open(out / row["file_name"])))
+        num_right += Counter((one.color, one.shape) for one in found) == asked
+    return num_right
+
+
 def test_every_block_runs(
     tiny_sd21: Path,
     tiny_sdxl: Path,
@@ -113,6 +137,7 @@ def test_every_block_runs(
             command = [sys.executable, "-c", text]
         run = run_in_a_group(command, cwd=tmp_path, env=environ)
         assert run.returncode == 0, f"{text}\n{run.stdout}\n{run.stderr}"
+    assert demo_pictures_that_follow(tmp_path / "demo-out") >= 23
     assert len(list((tmp_path / "renders" / "images").rglob("*.png"))) == 5
     assert len(list((tmp_path / "dataset-out" / "images").rglob("*.jpg"))) == 2
     for out, num_clips in (("video-out", 3), ("from-texts", 1), ("from-server", 1), ("fp8", 1)):

@@ -34,9 +34,9 @@ COMMANDS = {
 
 START = """raydiff renders a Parquet manifest of prompts into images on every GPU there is.
 
-Try it without a download; the model is tiny, so its images are noise:
-  raydiff models make-tiny sd21 demo-model
-  raydiff render --prompt "a lighthouse at dusk" --model demo-model --out demo
+Try it without a download; a miniature model draws coloured shapes:
+  raydiff render --prompt "two red circles left of a blue square" --model mini-sd21 --out shapes
+  raydiff sheet shapes
 
 A first picture; the model is fetched from the Hub:
   raydiff render --prompt "a lighthouse at dusk" --model sdxl --out first

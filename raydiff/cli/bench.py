@@ -382,7 +382,7 @@ def bench_scaling(
 
 
 @bench.command("mini")
-@click.argument("models", nargs=-1, required=True)
+@click.argument("models", nargs=-1)
 @click.option("--captions", default=400, show_default=True, help="Held-out captions to render.")
 @click.option("--guidance-scale", type=float, help="The default is the model's own.")
 @click.option("--steps", type=int, help="Likewise.")
@@ -402,15 +402,18 @@ def bench_mini(
 ) -> None:
     """Render captions that no training has seen with the miniatures MODELS, and look at them.
 
-    Each share is of the captions for which all objects are right.
+    Without MODELS, those that ship with raydiff. Each share is of the captions for which all
+    objects are right.
 
     \b
+    raydiff bench mini
     raydiff bench mini my-models/mini-sd21
     raydiff bench mini my-models/mini-sdxl --guidance-scale 1 --sheet pictures.png
     """
+    from raydiff.bench.mini import MINIATURES
     from raydiff.bench.mini import bench_mini as run
 
-    for model in models:
+    for model in models or MINIATURES:
         report = run(
             model,
             num_captions=captions,
@@ -425,7 +428,7 @@ def bench_mini(
             continue
         shares = ", ".join(
             f"{name} {getattr(report, name):.1%}"
-            for name in ("color", "shape", "count", "position", "background")
+            for name in ("color", "shape", "count", "position", "background", "everything")
         )
         click.echo(
             f"{model}: {shares} ({report.num_captions} captions, {report.num_inference_steps} "

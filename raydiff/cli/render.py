@@ -2,18 +2,24 @@
 
 import json
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from raydiff.cli.options import run_config, run_options
 from raydiff.config import RunConfig
+from raydiff.errors import RaydiffError
 
 if TYPE_CHECKING:
     from raydiff.engine.render import RunSummary
     from raydiff.output.failed_rows import FailedRows
+
+SHEET_RESULTS = 100
+"""Those that `output.sheet` shows."""
 
 
 @click.command()
@@ -58,6 +64,11 @@ def run_to_its_end(
     from raydiff.cli.progress import show_progress
     from raydiff.engine.render import render as run
 
+    sheet = None if config.output.sheet is None else Path(config.output.sheet)
+    if sheet is not None:
+        from raydiff.output.sheet.file import check_sheet_path
+
+        check_sheet_path(sheet)
     with show_progress(is_quiet=is_json) as progress:
         summary = run(
             config=config, retry=retry, on_progress=progress.update, on_warning=progress.warn
@@ -66,7 +77,20 @@ def run_to_its_end(
         click.echo(json.dumps(asdict(summary)))
     else:
         click.echo("\n".join(_describe(summary)))
+    if sheet is not None and not summary.is_interrupted:
+        _write_sheet(summary.out, sheet, is_quiet=is_json)
     sys.exit(summary.exit_status)
+
+
+def _write_sheet(out: str, sheet: Path, *, is_quiet: bool) -> None:
+    """Show the run's first results; the run is done, so what goes wrong here is but a warning."""
+    from raydiff.cli.sheet import write_sheet
+
+    try:
+        with redirect_stdout(sys.stderr) if is_quiet else nullcontext():
+            write_sheet(out, sheet, limit=SHEET_RESULTS)
+    except RaydiffError as error:
+        click.echo(f"warning: no contact sheet: {error}", err=True)
 
 
 def _describe(summary: "RunSummary") -> list[str]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from raydiff.output.sheet.sheet import Sheet
 
 MAX_THREADS = 8
+CELL = 256
+FRAMES = 4
 
 
 @click.command()
@@ -32,14 +34,14 @@ MAX_THREADS = 8
 @click.option(
     "--cell",
     type=click.IntRange(32, 4096),
-    default=256,
+    default=CELL,
     show_default=True,
     help="Longer side of a picture in pixels.",
 )
 @click.option(
     "--frames",
     type=click.IntRange(1, 64),
-    default=4,
+    default=FRAMES,
     show_default=True,
     help="Frames of a video, from its first to its last.",
 )
@@ -64,6 +66,21 @@ def sheet(
     raydiff sheet renders --x seed --y prompt --z sampler --out sheet.pdf
     raydiff sheet renders --limit 100 --cell 160
     """
+    write_sheet(out, to, x=x, y=y, z=z, cell=cell, frames=frames, limit=limit)
+
+
+def write_sheet(
+    out: str,
+    to: Path,
+    *,
+    x: str | None = None,
+    y: str | None = None,
+    z: str | None = None,
+    cell: int = CELL,
+    frames: int = FRAMES,
+    limit: int | None = None,
+) -> None:
+    """Do what the command does with these options, and say what the sheet has and lacks."""
     from raydiff.cli.results import reading
     from raydiff.output.sheet.file import check_sheet_path, write_pages
     from raydiff.output.sheet.grid import read_grid

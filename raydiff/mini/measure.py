@@ -47,6 +47,11 @@ class Score:
     position: bool | None
     """The groups stand as asked; None where the scene does not say."""
 
+    @property
+    def is_right(self) -> bool:
+        """Whether nothing of it is wrong."""
+        return self.color and self.shape and self.count and self.position is not False
+
 
 def find_objects(pixels: NDArray[np.uint8]) -> list[Found]:
     """Find the objects of a picture (H, W, 3)."""

@@ -210,3 +210,27 @@ def test_make_tiny_is_deterministic_and_keeps_what_is_there(tmp_path: Path) -> N
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     run = cli("models", "make-tiny", "sd21", "one", cwd=tmp_path, status=2)
     assert "not empty" in run.stderr
+
+
+def test_a_run_ends_with_a_contact_sheet(tiny_sd21: Path, tmp_path: Path) -> None:
+    command = ["render", "--model", tiny_sd21, *FAST, "--prompt", "one", "--prompt", "two"]
+    command += ["--out", "out", "--set"]
+    shown = cli(*command, "output.sheet=sheet.png", cwd=tmp_path)
+    assert "sheet.png: 1 page, 2 results" in shown.stdout
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 2 * 64
+    # It is no setting of the results: the run goes on without it, and with another.
+    again = cli(*command, "output.sheet=other.pdf", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["completed"] == 2
+    assert "other.pdf: 1 page" in again.stderr
+    assert (tmp_path / "other.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_contact_sheet_that_cannot_be_written_is_said_first(
+    tiny_sd21: Path, tmp_path: Path
+) -> None:
+    command = ["render", "--model", tiny_sd21, *FAST, "--prompt", "one", "--out", "out", "--set"]
+    for name, reason in (("sheet.jpg", "a .png or a .pdf"), ("gone/sheet.png", "no folder gone")):
+        refused = cli(*command, f"output.sheet={name}", cwd=tmp_path, status=2)
+        assert reason in refused.stderr
+        assert not (tmp_path / "out").exists()

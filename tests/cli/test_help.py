@@ -58,7 +58,7 @@ def test_raydiff_alone_shows_where_to_start() -> None:
     alone = run()
     assert alone.returncode == 0
     assert alone.stderr.strip() == "set()"
-    for line in ("raydiff models make-tiny", "raydiff render --prompt", "raydiff plan", "--help"):
+    for line in ("--model mini-sd21", "raydiff render --prompt", "raydiff plan", "--help"):
         assert line in alone.stdout
     assert len(alone.stdout.splitlines()) < 24
     unknown = run("rendre")

@@ -1,0 +1,212 @@
+"""What the miniatures that ship with raydiff draw: what a caption asks for, through everything that
+a run may do to it.
+
+`raydiff bench mini` measures the same with 400 captions; these are a few of them.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+import raydiff
+from raydiff.bench.mini import MINIATURES, held_out_scenes
+from raydiff.mini.draw import draw, table
+from raydiff.mini.measure import Score, find_objects, score
+from raydiff.mini.scenes import Group, Scene, place
+from raydiff.mini.show import to_uint8
+from raydiff.output.ledger import read_results
+from raydiff.pipelines.base import Pipeline
+from raydiff.request import RenderRequest, with_request_id
+from tests.cli.command import cli
+
+NUM_CAPTIONS = 48
+NUM_MIXED = 16
+NUM_RUN = 16
+BATCH_SIZE = 16
+ASKED = held_out_scenes(NUM_CAPTIONS)
+BARS = {"color": 0.95, "shape": 0.85, "count": 0.80, "position": 0.80}
+
+pytestmark = pytest.mark.parametrize("model", MINIATURES)
+
+
+@cache
+def pipeline(model: str) -> Pipeline:
+    loaded: Pipeline = raydiff.load_pipeline(model)
+    return loaded
+
+
+def request(model: str, prompt: str, seed: int, **values: Any) -> RenderRequest:
+    info = pipeline(model).info
+    defaults = {
+        "model": info.name,
+        "model_revision": info.revision,
+        "task": "txt2img",
+        "negative_prompt": None,
+        "height": info.default_height,
+        "width": info.default_width,
+        "num_inference_steps": info.default_num_inference_steps,
+        "guidance_scale": info.default_guidance_scale,
+        "guidance_rescale": 0.0,
+        "sampler": info.default_sampler,
+    }
+    return with_request_id(RenderRequest(prompt=prompt, seed=seed, **{**defaults, **values}))
+
+
+def render(requests: Sequence[RenderRequest]) -> list[NDArray[np.uint8]]:
+    batches = [requests[i : i + BATCH_SIZE] for i in range(0, len(requests), BATCH_SIZE)]
+    return [one for batch in batches for one in pipeline(batch[0].model).render(batch).pixels]
+
+
+@cache
+def asked_pictures(model: str) -> list[NDArray[np.uint8]]:
+    return render([request(model, text, seed) for seed, (_, text) in enumerate(ASKED)])
+
+
+def scores(pictures: Sequence[NDArray[np.uint8]]) -> list[Score]:
+    """Compare pictures of the first captions with their scenes."""
+    return [score(scene, one) for (scene, _), one in zip(ASKED, pictures, strict=False)]
+
+
+def share(values: Sequence[Score], name: str) -> float:
+    known = [getattr(one, name) for one in values if getattr(one, name) is not None]
+    return float(np.mean(known))
+
+
+def assert_alike(pictures: Sequence[NDArray[np.uint8]], model: str) -> None:
+    """The pictures show as much of what was asked for as those of a plain run, within a point."""
+    ours, plain = scores(pictures), scores(asked_pictures(model)[: len(pictures)])
+    for name in BARS:
+        assert abs(share(ours, name) - share(plain, name)) <= 0.01, name
+
+
+def test_captions_that_no_training_has_seen(model: str) -> None:
+    found = scores(asked_pictures(model))
+    assert {name: share(found, name) for name in BARS if share(found, name) < BARS[name]} == {}
+
+
+def test_a_negative_prompt_removes_what_it_names(model: str) -> None:
+    def colors_and_shapes(prompt: str, negative: str | None) -> list[tuple[str, str]]:
+        pictures = render(
+            [request(model, prompt, seed, negative_prompt=negative) for seed in range(16)]
+        )
+        return [(one.color, one.shape) for picture in pictures for one in find_objects(picture)]
+
+    plain, without = (colors_and_shapes("two stars", negative) for negative in (None, "red stars"))
+    assert sum(color == "red" for color, _ in plain) >= 2
+    assert not any(color == "red" for color, _ in without)
+    assert sum(shape == "star" for _, shape in without) >= 0.9 * len(without) >= 24
+    plain, without = (colors_and_shapes("three shapes", negative) for negative in (None, "stars"))
+    stars = [sum(shape == "star" for _, shape in one) for one in (plain, without)]
+    assert stars[1] < stars[0] / 2
+
+
+def foreground(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Where a picture (H, W, 3) on white is not white."""
+    return np.asarray(pixels.min(axis=-1) < 180)
+
+
+def test_img2img_keeps_the_layout_at_a_low_strength_and_follows_the_prompt_at_a_high_one(
+    model: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(5)
+    shown = Scene(
+        groups=(
+            Group(color="red", shape="circle", size="large", count=1),
+            Group(color="blue", shape="square", size="large", count=1),
+        ),
+        relation="left",
+        background="white",
+    )
+    wanted = Scene(
+        groups=(
+            Group(color="green", shape="star", size="large", count=1),
+            Group(color="yellow", shape="triangle", size="large", count=1),
+        ),
+        relation="above",
+        background="white",
+    )
+    placed = place(shown, rng)
+    assert placed is not None
+    pixels = to_uint8(draw(torch.from_numpy(table(shown, placed, rng))[None]))[0]
+    Image.fromarray(pixels).save(tmp_path / "shown.png")
+    prompt = "a large green star above a large yellow triangle"
+    pictures = {
+        strength: render(
+            [
+                request(
+                    model,
+                    prompt,
+                    seed,
+                    task="img2img",
+                    init_image=str(tmp_path / "shown.png"),
+                    strength=strength,
+                )
+                for seed in range(8)
+            ]
+        )
+        for strength in (0.3, 0.9)
+    }
+    drawn = foreground(pixels)
+    for picture in pictures[0.3]:
+        kept = foreground(picture)
+        assert (kept & drawn).sum() > 0.8 * (kept | drawn).sum()
+    assert sum(score(wanted, one).is_right for one in pictures[0.9]) >= 7
+
+
+def test_batches_of_mixed_settings_keep_the_meaning(model: str) -> None:
+    steps, scales = (16, 20, 24), (2.5, 3.0, 4.0)
+    samplers = ("euler", "ddim", "dpmpp_2m", "heun")
+    requests = [
+        request(
+            model,
+            text,
+            seed,
+            num_inference_steps=steps[seed % 3],
+            guidance_scale=scales[seed // 3 % 3],
+            sampler=samplers[seed % 4],
+        )
+        for seed, (_, text) in enumerate(ASKED[:NUM_MIXED])
+    ]
+    mixed = render(requests)
+    alone = [render([one])[0] for one in requests]
+    for name in BARS:
+        assert abs(share(scores(mixed), name) - share(scores(alone), name)) <= 0.01, name
+    assert share(scores(mixed), "color") >= 0.9
+
+
+def test_killed_and_split_runs_keep_the_meaning(model: str, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.parquet"
+    texts = [text for _, text in ASKED[:NUM_RUN]]
+    pq.write_table(pa.table({"prompt": texts, "seed": list(range(NUM_RUN))}), manifest)
+    command = ["render", str(manifest), "--model", model, "--set", "engine.batch_size=4"]
+
+    killed = tmp_path / "killed"
+    driver = subprocess.Popen([sys.executable, "-m", "raydiff", *command, "--out", str(killed)])
+    until = time.monotonic() + 240
+    while not (killed / "run.json").exists() or read_results(killed).num_rows < 4:
+        assert driver.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(30)
+    assert read_results(killed).num_rows < NUM_RUN
+    cli(*command, "--out", "killed", cwd=tmp_path)
+    cli(*command, "--out", "split", "--stages", "split", cwd=tmp_path)
+    for out in (killed, tmp_path / "split"):
+        results = read_results(out).sort_by("row_index")
+        assert results["status"].to_pylist() == ["completed"] * NUM_RUN
+        files = [out / name for name in results["file_name"].to_pylist()]
+        assert_alike([np.asarray(Image.open(path)) for path in files], model)
