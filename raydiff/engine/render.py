@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raydiff.config import RunConfig
-from raydiff.engine.cluster import ZERO_COPY
+from raydiff.engine.cluster import ZERO_COPY, worker_environ
 from raydiff.engine.cluster_file import ClusterLayout, StagePlacement
 from raydiff.engine.driver import Driver
 from raydiff.engine.known_models import KnownModels, known_models
@@ -265,10 +265,7 @@ def worker_specs(
     batch_size = config.engine.batch_size
     specs: dict[Role, WorkerSpec] = {}
     for role, placement in layout.by_role.items():
-        num_threads = str(placement.num_threads)
-        environ = {"OMP_NUM_THREADS": num_threads, "TOKENIZERS_PARALLELISM": "false"}
-        if not placement.num_gpus:
-            environ["CUDA_VISIBLE_DEVICES"] = ""
+        environ = worker_environ(placement)
         if layout.is_split:
             environ |= ZERO_COPY
         specs[role] = WorkerSpec(

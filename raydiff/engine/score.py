@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from raydiff.config import EngineConfig, RunConfig
-from raydiff.engine.cluster import private_session
+from raydiff.engine.cluster import private_session, worker_environ
 from raydiff.engine.cluster_file import ClusterLayout
 from raydiff.engine.driver import POLL_S, Signals
 from raydiff.engine.hook import find_hook
@@ -108,7 +108,7 @@ def score(
             hook=hook,
             arguments=arguments,
             import_dir=str(Path.cwd()),
-            environ=_environ(layout),
+            environ=worker_environ(layout.by_role["fused"]),
         )
         total = files.num_waiting
         num_workers = layout.by_role["fused"].num_workers
@@ -353,14 +353,6 @@ def _layout(workers: int | Literal["auto"], use_gpus: bool, num_files: int) -> C
         return local_layout(RunConfig(engine=EngineConfig(workers=workers)), gpus)
     num_useful = max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS, num_files))
     return fused_layout(num_useful if workers == "auto" else workers)
-
-
-def _environ(layout: ClusterLayout) -> dict[str, str]:
-    """Share the cores out, and hide the GPUs from workers that were promised none."""
-    placement = layout.by_role["fused"]
-    num_threads = str(placement.num_threads)
-    environ = {"OMP_NUM_THREADS": num_threads, "TOKENIZERS_PARALLELISM": "false"}
-    return environ if placement.num_gpus else environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _ignore(warning: str) -> None:

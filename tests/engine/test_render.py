@@ -23,6 +23,19 @@ def test_workers_on_the_cpu_see_no_gpu() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in on_gpus.environ
 
 
+def test_threads_of_a_worker_wait_as_the_user_says_or_else_briefly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def waits() -> dict[str, str]:
+        spec = worker_specs("out", config(), "m:C", {}, fused_layout(2))["fused"]
+        return {name: spec.environ[name] for name in spec.environ if "SPIN" in name}
+
+    monkeypatch.delenv("OMP_WAIT_POLICY")  # the tests' own
+    assert waits() == {"GOMP_SPINCOUNT": "2000"}
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    assert waits() == {}
+
+
 def test_each_role_has_its_own_specification() -> None:
     layout = local_layout(config(engine={"stages": "split"}), [])
     specs = worker_specs("out", config(engine={"batch_size": 3}), "m:C", {"a": 1}, layout)
