@@ -45,6 +45,7 @@ REPLACED = {
     "--model video-model-fp8": f"--model video-model-fp8 {SMALL_CLIP} {FEW_STEPS}",
     "--model ltx2.3-distilled": f"--model ltx2.3-distilled {SMALL_CLIP}",  # its steps are fixed
     "49, 49": "9, 9",
+    "--seeds 0-6": "--seeds 0-1",
     "raydiff bench mini\n": "raydiff bench mini --captions 8\n",
     "-m pytest -q -n 2": "-m pytest -q --collect-only tests/test_readme.py",  # this is part of it
 }

@@ -53,7 +53,7 @@ def test_a_packaged_checkpoint_is_found_without_the_hub(package: Path, family: s
     # The alias's defaults; the folder by its path has the family's.
     assert unnamed.default_num_inference_steps == 50
     assert info.default_num_inference_steps == 20
-    assert (info.default_guidance_scale, info.default_strength) == (4.0, 0.8)
+    assert (info.default_guidance_scale, info.default_strength) == (3.0, 0.8)
     assert resolve_model(f"mini-{family}", has_weights=False) == info
 
 
@@ -117,7 +117,7 @@ def test_a_manifests_columns_lie_over_the_aliass_defaults(mini_sd21: Path) -> No
     rows = read_rows(open_rows(config), config=config, models=known_models(config.model))
     requests = [row.request for row in rows]
     assert [(one.num_inference_steps, one.guidance_scale) for one in requests if one] == [
-        (20, 4.0),
+        (20, 3.0),
         (7, 2.5),
     ]
 
@@ -130,7 +130,7 @@ def test_the_list_says_where_a_packaged_checkpoint_lies(package: Path) -> None:
     values = json.loads(CliRunner().invoke(main, ["models", "list", "--json"]).output)
     (mini,) = [alias for alias in values if alias["name"] == "mini-sd21"]
     assert (mini["repo"], mini["folder"]) == (None, "mini/weights/mini-sd21")
-    assert mini["defaults"] == {"num_inference_steps": 20, "guidance_scale": 4.0, "strength": 0.8}
+    assert mini["defaults"] == {"num_inference_steps": 20, "guidance_scale": 3.0, "strength": 0.8}
 
 
 def test_a_pull_says_that_it_is_here(mini_sd21: Path) -> None:
