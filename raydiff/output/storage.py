@@ -161,12 +161,13 @@ class LocalStorage:
         self._in_folder(to, lambda path: (self._path / name).replace(path))
 
     def _in_folder(self, name: str, write: Callable[[Path], T]) -> T:
-        """Call `write` with the path of a name, once more if its folder had to be made."""
+        """Call `write` with the path of a name, once more if its folder was not there: by now
+        another thread may have made it."""
         path = self._path / name
         try:
             return write(path)
         except FileNotFoundError:
-            if path.parent.is_dir() or not self._root.is_dir():
+            if not self._root.is_dir():
                 raise
             path.parent.mkdir(parents=True, exist_ok=True)
             return write(path)

@@ -8,6 +8,7 @@ import pytest
 
 from raydiff.errors import ConfigError
 from raydiff.object_storage import is_object_uri, is_uri, split_uri
+from raydiff.output import storage as storage_module
 from raydiff.output.storage import LocalStorage, Storage, open_storage
 
 
@@ -106,6 +107,21 @@ def test_a_local_folder_is_never_made_itself(tmp_path: Path) -> None:
             write("a", b"1")
     assert not (tmp_path / "gone").exists()
     assert gone.local_path("a/b") == tmp_path / "gone" / "a" / "b"
+
+
+def test_a_folder_that_another_thread_has_just_made_is_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_late(path: Path, data: bytes, *, is_durable: bool) -> None:
+        try:
+            path.write_bytes(data)
+        except FileNotFoundError:
+            path.parent.mkdir()  # The other thread is quicker.
+            raise
+
+    monkeypatch.setattr(storage_module, "replace_file", write_late)
+    LocalStorage(tmp_path).put("a/b", b"1")
+    assert (tmp_path / "a" / "b").read_bytes() == b"1"
 
 
 def test_uris_are_told_from_paths() -> None:
