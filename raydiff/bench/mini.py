@@ -1,23 +1,25 @@
 """What the miniatures have learnt: pictures of held-out captions, and whether they show them."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 import raydiff
 from raydiff.mini.captions import caption
 from raydiff.mini.measure import Score, background_name, score
+from raydiff.mini.recipe import FAMILIES
 from raydiff.mini.scenes import Scene, is_held_out, place, sample_scene
 from raydiff.pipelines.base import Pipeline
-from raydiff.request import RenderRequest, with_request_id
+from raydiff.request import ModelInfo, RenderRequest, with_request_id
 
 SCENE_SEED = 7
-MINIATURES = ("mini-sd21", "mini-sdxl")
+MINIATURES = tuple(f"mini-{family}" for family in FAMILIES)
 """Those that ship with raydiff."""
 
 
@@ -71,9 +73,9 @@ def bench_mini(
         "sampler": sampler or info.default_sampler,
     }
     scenes = held_out_scenes(num_captions)
-    requests = [_request(pipeline, text, seed, chosen) for seed, (_, text) in enumerate(scenes)]
+    requests = [request_of(info, text, seed, **chosen) for seed, (_, text) in enumerate(scenes)]
     started = time.perf_counter()
-    pictures = [picture for batch in _batches(pipeline, requests, batch_size) for picture in batch]
+    pictures = render_batches(pipeline, requests, batch_size)
     elapsed_s = time.perf_counter() - started
     scores = [score(scene, one) for (scene, _), one in zip(scenes, pictures, strict=True)]
     if sheet is not None:
@@ -89,44 +91,52 @@ def bench_mini(
         model=model,
         num_captions=num_captions,
         **chosen,
-        color=_share(scores, "color"),
-        shape=_share(scores, "shape"),
-        count=_share(scores, "count"),
-        position=_share(scores, "position"),
+        color=share(scores, "color"),
+        shape=share(scores, "shape"),
+        count=share(scores, "count"),
+        position=share(scores, "position"),
         background=float(np.mean(has_background)),
         everything=float(np.mean(is_right)),
         seconds_per_image=elapsed_s / num_captions,
     )
 
 
-def _share(scores: Sequence[Score], name: str) -> float:
+def share(scores: Sequence[Score], name: str) -> float:
+    """Return how many of the pictures that can be right in this respect are."""
     values = [getattr(one, name) for one in scores]
     return float(np.mean([value for value in values if value is not None]))
 
 
-def _request(pipeline: Pipeline, prompt: str, seed: int, chosen: dict[str, Any]) -> RenderRequest:
-    info = pipeline.info
+def request_of(info: ModelInfo, prompt: str, seed: int, **values: Any) -> RenderRequest:
+    """Return an image as a model draws it by default, but for `values`."""
+    defaults: dict[str, Any] = {
+        "task": "txt2img",
+        "negative_prompt": None,
+        "height": info.default_height,
+        "width": info.default_width,
+        "num_inference_steps": info.default_num_inference_steps,
+        "guidance_scale": info.default_guidance_scale,
+        "guidance_rescale": 0.0,
+        "sampler": info.default_sampler,
+    }
     return with_request_id(
         RenderRequest(
             model=info.name,
             model_revision=info.revision,
-            task="txt2img",
             prompt=prompt,
-            negative_prompt=None,
             seed=seed,
-            height=info.default_height,
-            width=info.default_width,
-            guidance_rescale=0.0,
-            **chosen,
+            **(defaults | values),
         )
     )
 
 
-def _batches(
+def render_batches(
     pipeline: Pipeline, requests: Sequence[RenderRequest], batch_size: int
-) -> Iterator[Sequence[np.ndarray]]:
-    for start in range(0, len(requests), batch_size):
-        yield pipeline.render(requests[start : start + batch_size]).pixels
+) -> list[NDArray[np.uint8]]:
+    """Return the picture (H, W, 3) of each request, which all are of one size."""
+    starts = range(0, len(requests), batch_size)
+    batches = [pipeline.render(requests[start : start + batch_size]) for start in starts]
+    return [picture for batch in batches for picture in batch.pixels]
 
 
 def _save_sheet(pictures: Sequence[np.ndarray], path: Path) -> None:

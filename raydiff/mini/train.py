@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raydiff.errors import OutputError
 from raydiff.mini.dataset import Dataset, make_dataset
-from raydiff.mini.recipe import FAMILIES, NUM_SCENES, RECIPES, VAE, AutoencoderRecipe, MiniFamily
+from raydiff.mini.recipe import FAMILIES, NUM_SCENES, RECIPES, AutoencoderRecipe, MiniFamily
 from raydiff.mini.save import (
     load_autoencoder,
     save_autoencoder,
@@ -25,10 +25,13 @@ from raydiff.mini.save import (
 from raydiff.mini.slots import Slots, read_slots
 from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
 from raydiff.mini.train_denoiser import train_denoiser
-from raydiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from raydiff.models.autoencoder_kl import AutoencoderKL
 from raydiff.tokenizer import CLIPTokenizer
 
 Log = Callable[[str], None]
+
+TENSORS = "shared.safetensors"
+AUTOENCODER = "vae"
 
 
 def train(
@@ -63,14 +66,12 @@ def train(
     latents = encode_scenes(vae, dataset.tables, device).cpu()
     say("scenes encoded")
     with TemporaryDirectory(prefix="raydiff-mini-") as name:
-        shared = Path(name) / "shared.safetensors"
+        shared = Path(name)
         ids = {f"ids.{one}": torch.from_numpy(ids) for one, ids in dataset.input_ids.items()}
-        weights = {
-            f"vae.{key}": value.cpu().contiguous() for key, value in vae.state_dict().items()
-        }
         slots = read_slots(torch.from_numpy(dataset.tables))._asdict()
         told = {f"slots.{key}": value.contiguous() for key, value in slots.items()}
-        save_file({"latents": latents, **told, **ids, **weights}, shared)
+        save_file({"latents": latents, **told, **ids}, shared / TENSORS)
+        save_autoencoder(shared / AUTOENCODER, vae)
         del vae, latents, dataset
         jobs = [
             (family, folder, shared, scale, index)
@@ -137,14 +138,14 @@ def _run(jobs: Sequence[tuple[MiniFamily, Path, Path, float, int]], *, is_parall
 
 
 def _train_family(family: MiniFamily, folder: Path, shared: Path, scale: float, index: int) -> None:
-    """Train one miniature from what the families share."""
+    """Train one miniature from what the families share, in a folder."""
     started = time.monotonic()
     torch.set_float32_matmul_precision("high")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", index % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    tensors = load_file(shared)
+    tensors = load_file(shared / TENSORS)
     recipe = RECIPES[family]
     recipe = replace(recipe, num_steps=max(1, int(recipe.num_steps * scale)))
     tokenizers = {
@@ -161,18 +162,10 @@ def _train_family(family: MiniFamily, folder: Path, shared: Path, scale: float, 
         vocab_sizes,
         lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True),
     )
-    save_miniature(recipe, folder, _autoencoder(tensors), denoiser, vocab_sizes)
+    vae = load_autoencoder(shared / AUTOENCODER)
+    save_miniature(recipe, folder, vae, denoiser, vocab_sizes)
 
 
 def _empty_ids(tokenizer: CLIPTokenizer, device: torch.device) -> Tensor:
     ids = torch.from_numpy(tokenizer.encode([""]).input_ids[0])
     return ids.to(device, torch.int16)
-
-
-def _autoencoder(tensors: dict[str, Tensor]) -> AutoencoderKL:
-    vae = AutoencoderKL(AutoencoderKLConfig.from_dict(VAE))
-    prefix = "vae."
-    vae.load_state_dict(
-        {key.removeprefix(prefix): one for key, one in tensors.items() if key.startswith(prefix)}
-    )
-    return vae

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydiff.output.ledger import read_results
-from raydiff.output.run_file import is_run
 from raydiff.output.video.info import read_video_info
 from tests.cli.command import cli
+from tests.engine.waiting import wait_for_rows
 
 PROMPTS = [
     "A tranquil tableau of alley",
@@ -36,14 +35,6 @@ def write_manifest(path: Path) -> Path:
     }
     pq.write_table(pa.table({name: list(values) for name, values in rows.items()}), path)
     return path
-
-
-def wait_for_rows(driver: "subprocess.Popen[bytes]", out: Path, count: int) -> None:
-    until = time.monotonic() + 120
-    while not is_run(out) or read_results(out).num_rows < count:
-        assert driver.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
 
 
 def test_a_killed_run_is_continued_and_a_split_one_writes_the_same_clips(

@@ -18,6 +18,7 @@ from raydiff.errors import DiskError, EngineError, OutputError
 from raydiff.output.ledger import read_results
 from raydiff.output.progress import Progress, read_progress
 from raydiff.output.verify import Verification
+from tests.engine.waiting import wait_for_rows
 
 WritePrompts = Callable[[Sequence[str | None]], Path]
 Drive = Callable[..., RunSummary]
@@ -127,14 +128,6 @@ def start(manifest: Path, out: Path, log: Path, row_ms: int = 10) -> "subprocess
     return subprocess.Popen([sys.executable, str(program), *arguments], start_new_session=True)
 
 
-def wait_for_rows(driver: "subprocess.Popen[bytes]", out: Path, count: int) -> None:
-    until = time.monotonic() + 60
-    while not (out / "run.json").exists() or read_results(out).num_rows < count:
-        assert driver.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
-
-
 def test_an_interrupted_and_a_killed_run_are_continued(
     tmp_path: Path, write_prompts: WritePrompts, drive: Drive
 ) -> None:
@@ -142,7 +135,7 @@ def test_an_interrupted_and_a_killed_run_are_continued(
     manifest, out, log = write_prompts(prompts), tmp_path / "out", tmp_path / "renders.log"
 
     driver = start(manifest, out, log)
-    wait_for_rows(driver, out, 40)
+    wait_for_rows(driver, out, 40, patience_s=60)
     with pytest.raises(OutputError, match="another driver"):
         drive(manifest, out, log)
     os.killpg(driver.pid, signal.SIGINT)
@@ -154,7 +147,7 @@ def test_an_interrupted_and_a_killed_run_are_continued(
     assert num_interrupted < 600
 
     driver = start(manifest, out, log)
-    wait_for_rows(driver, out, num_interrupted + 40)
+    wait_for_rows(driver, out, num_interrupted + 40, patience_s=60)
     family = psutil.Process(driver.pid).children(recursive=True)
     workers = [process for process in family if process.name().startswith("ray::WorkerActor")]
     assert len(workers) == 2

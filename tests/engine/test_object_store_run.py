@@ -9,9 +9,9 @@ from pathlib import Path
 
 from raydiff.output.ledger import read_results
 from raydiff.output.progress import Progress, read_progress
-from raydiff.output.run_file import is_run
 from raydiff.output.storage import open_storage
 from raydiff.output.verify import Verification
+from tests.engine.waiting import wait_for_rows
 from tests.s3_server import FaultyS3
 
 NUM_ROWS = 160
@@ -19,14 +19,6 @@ NUM_ROWS = 160
 
 def rendered(log: Path) -> Counter[str]:
     return Counter(line.split()[0] for line in log.read_text().splitlines())
-
-
-def wait_for_rows(driver: "subprocess.Popen[bytes]", out: str, count: int) -> None:
-    until = time.monotonic() + 120
-    while not is_run(out) or read_results(out).num_rows < count:
-        assert driver.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.2)
 
 
 def test_a_killed_run_is_continued_through_faults_and_an_outage(
@@ -42,7 +34,7 @@ def test_a_killed_run_is_continued_through_faults_and_an_outage(
 
     program = str(Path(__file__).with_name("drive.py"))
     driver = subprocess.Popen([sys.executable, program, manifest, out, str(log), "50"])
-    wait_for_rows(driver, out, 20)
+    wait_for_rows(driver, out, 20, every_s=0.2)
     progress = read_progress(out)
     assert (progress.state, progress.pid) == ("running", driver.pid)
     driver.kill()

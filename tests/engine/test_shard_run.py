@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from raydiff.engine.render import RunSummary
 from raydiff.output.ledger import read_results
 from raydiff.output.shards.index import read_header
 from raydiff.output.verify import Verification
+from tests.engine.waiting import wait_for_rows
 
 WritePrompts = Callable[[Sequence[str | None]], Path]
 Drive = Callable[..., RunSummary]
@@ -27,14 +27,6 @@ def start(manifest: Path, out: Path, log: Path) -> "subprocess.Popen[bytes]":
     program = Path(__file__).with_name("drive.py")
     arguments = [str(one) for one in (manifest, out, log, 10, json.dumps(OUTPUT))]
     return subprocess.Popen([sys.executable, str(program), *arguments], start_new_session=True)
-
-
-def wait_for_rows(driver: "subprocess.Popen[bytes]", out: Path, count: int) -> None:
-    until = time.monotonic() + 120
-    while not (out / "run.json").exists() or read_results(out).num_rows < count:
-        assert driver.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def published(out: Path) -> dict[str, str]:
@@ -66,7 +58,7 @@ def test_a_run_in_shards_is_killed_and_continued(
     manifest, out, log = write_prompts(prompts), tmp_path / "out", tmp_path / "renders.log"
 
     driver = start(manifest, out, log)
-    wait_for_rows(driver, out, 60)
+    wait_for_rows(driver, out, 60, every_s=0.05)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait(30)
     before = published(out)

@@ -6,7 +6,6 @@ a run may do to it.
 
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,15 +20,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import raydiff
-from raydiff.bench.mini import MINIATURES, held_out_scenes
+from raydiff.bench.mini import MINIATURES, held_out_scenes, render_batches, request_of, share
 from raydiff.mini.draw import draw, table
 from raydiff.mini.measure import Score, find_objects, score
-from raydiff.mini.scenes import Group, Scene, place
+from raydiff.mini.scenes import Color, Group, Relation, Scene, Shape, place
 from raydiff.mini.show import to_uint8
 from raydiff.output.ledger import read_results
 from raydiff.pipelines.base import Pipeline
-from raydiff.request import RenderRequest, with_request_id
+from raydiff.request import RenderRequest
 from tests.cli.command import cli
+from tests.engine.waiting import wait_for_rows
 
 NUM_CAPTIONS = 48
 NUM_MIXED = 16
@@ -48,25 +48,11 @@ def pipeline(model: str) -> Pipeline:
 
 
 def request(model: str, prompt: str, seed: int, **values: Any) -> RenderRequest:
-    info = pipeline(model).info
-    defaults = {
-        "model": info.name,
-        "model_revision": info.revision,
-        "task": "txt2img",
-        "negative_prompt": None,
-        "height": info.default_height,
-        "width": info.default_width,
-        "num_inference_steps": info.default_num_inference_steps,
-        "guidance_scale": info.default_guidance_scale,
-        "guidance_rescale": 0.0,
-        "sampler": info.default_sampler,
-    }
-    return with_request_id(RenderRequest(prompt=prompt, seed=seed, **{**defaults, **values}))
+    return request_of(pipeline(model).info, prompt, seed, **values)
 
 
 def render(requests: Sequence[RenderRequest]) -> list[NDArray[np.uint8]]:
-    batches = [requests[i : i + BATCH_SIZE] for i in range(0, len(requests), BATCH_SIZE)]
-    return [one for batch in batches for one in pipeline(batch[0].model).render(batch).pixels]
+    return render_batches(pipeline(requests[0].model), requests, BATCH_SIZE)
 
 
 @cache
@@ -77,11 +63,6 @@ def asked_pictures(model: str) -> list[NDArray[np.uint8]]:
 def scores(pictures: Sequence[NDArray[np.uint8]]) -> list[Score]:
     """Compare pictures of the first captions with their scenes."""
     return [score(scene, one) for (scene, _), one in zip(ASKED, pictures, strict=False)]
-
-
-def share(values: Sequence[Score], name: str) -> float:
-    known = [getattr(one, name) for one in values if getattr(one, name) is not None]
-    return float(np.mean(known))
 
 
 def assert_alike(pictures: Sequence[NDArray[np.uint8]], model: str) -> None:
@@ -114,6 +95,12 @@ def test_a_negative_prompt_removes_what_it_names(model: str) -> None:
     assert stars[1] < stars[0] / 2
 
 
+def two_large(first: tuple[Color, Shape], relation: Relation, second: tuple[Color, Shape]) -> Scene:
+    """A scene of two large objects on white."""
+    groups = [Group(count=1, size="large", color=one[0], shape=one[1]) for one in (first, second)]
+    return Scene(groups=tuple(groups), relation=relation, background="white")
+
+
 def foreground(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Where a picture (H, W, 3) on white is not white."""
     return np.asarray(pixels.min(axis=-1) < 180)
@@ -124,22 +111,8 @@ def test_img2img_keeps_the_layout_at_a_low_strength_and_follows_the_prompt_at_a_
     model: str, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(5)
-    shown = Scene(
-        groups=(
-            Group(color="red", shape="circle", size="large", count=1),
-            Group(color="blue", shape="square", size="large", count=1),
-        ),
-        relation="left",
-        background="white",
-    )
-    wanted = Scene(
-        groups=(
-            Group(color="green", shape="star", size="large", count=1),
-            Group(color="yellow", shape="triangle", size="large", count=1),
-        ),
-        relation="above",
-        background="white",
-    )
+    shown = two_large(("red", "circle"), "left", ("blue", "square"))
+    wanted = two_large(("green", "star"), "above", ("yellow", "triangle"))
     placed = place(shown, rng)
     assert placed is not None
     pixels = to_uint8(draw(torch.from_numpy(table(shown, placed, rng))[None]))[0]
@@ -209,11 +182,7 @@ def assert_run_is_alike(out: Path, model: str) -> None:
 def test_a_killed_run_keeps_the_meaning(model: str, tmp_path: Path) -> None:
     command, out = run_command(model, tmp_path), tmp_path / "out"
     driver = subprocess.Popen([sys.executable, "-m", "raydiff", *command, "--out", str(out)])
-    until = time.monotonic() + 240
-    while not (out / "run.json").exists() or read_results(out).num_rows < 4:
-        assert driver.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_rows(driver, out, 4, every_s=0.05)
     driver.kill()
     driver.wait(30)
     assert read_results(out).num_rows < NUM_RUN

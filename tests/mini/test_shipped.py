@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 import raydiff
-from raydiff.bench.mini import MINIATURES
+from raydiff.bench.mini import MINIATURES, request_of
 from raydiff.mini.recipe import RECIPES
 from raydiff.weights.aliases import alias_names, read_alias
 from raydiff.weights.folder import read_json
@@ -53,27 +53,17 @@ def test_a_miniature_is_what_the_committed_recipe_makes(name: str) -> None:
 
 def test_any_sampler_draws_what_is_asked_for() -> None:
     from raydiff.mini.measure import find_objects
-    from raydiff.request import RenderRequest, with_request_id
 
     for name in MINIATURES:
         pipeline = raydiff.load_pipeline(name)
         info = pipeline.info
         requests = [
-            with_request_id(
-                RenderRequest(
-                    model=name,
-                    model_revision=info.revision,
-                    task="txt2img",
-                    prompt="a large red circle left of a large blue square",
-                    negative_prompt=None,
-                    seed=seed,
-                    height=128,
-                    width=128,
-                    num_inference_steps=50 if sampler == "pndm" else 20,
-                    guidance_scale=3.0,
-                    guidance_rescale=0.0,
-                    sampler=sampler,
-                )
+            request_of(
+                info,
+                "a large red circle left of a large blue square",
+                seed,
+                num_inference_steps=50 if sampler == "pndm" else 20,
+                sampler=sampler,
             )
             for seed, sampler in enumerate(info.samplers)
         ]

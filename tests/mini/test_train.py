@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import raydiff
+from raydiff.bench.mini import request_of
 from raydiff.errors import ModelError, OutputError
 from raydiff.mini import train as training
 from raydiff.mini.dataset import make_dataset
@@ -29,7 +30,7 @@ from raydiff.mini.train_autoencoder import encode_scenes, train_autoencoder
 from raydiff.mini.train_denoiser import Denoiser, train_denoiser
 from raydiff.mini.vocabulary import words
 from raydiff.pipelines.base import Pipeline
-from raydiff.request import RenderRequest, with_request_id
+from raydiff.request import RenderRequest
 from raydiff.tokenizer import write_tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -37,23 +38,7 @@ SMALL_VAE = replace(AutoencoderRecipe(), num_steps=2, batch_size=2)
 
 
 def request(pipeline: Pipeline, prompt: str) -> RenderRequest:
-    info = pipeline.info
-    return with_request_id(
-        RenderRequest(
-            model=info.name,
-            model_revision=info.revision,
-            task="txt2img",
-            prompt=prompt,
-            negative_prompt=None,
-            seed=1,
-            height=info.default_height,
-            width=info.default_width,
-            num_inference_steps=2,
-            guidance_scale=4.0,
-            guidance_rescale=0.0,
-            sampler=info.default_sampler,
-        )
-    )
+    return request_of(pipeline.info, prompt, 1, num_inference_steps=2, guidance_scale=4.0)
 
 
 @pytest.mark.parametrize("family", ["sd21", "sdxl"])

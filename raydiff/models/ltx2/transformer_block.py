@@ -248,8 +248,7 @@ class GELUProjection(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         weight, bias = self.proj.weight, self.proj.bias
         # A weight that is elsewhere comes to the device for the layer's own forward pass alone.
-        is_here = x.is_cuda and weight.is_cuda
-        if is_here and type(self.proj) is nn.Linear and bias is not None:
+        if weight.is_cuda and type(self.proj) is nn.Linear and bias is not None:
             # On CUDA this is one kernel, whose GELU is the same approximation.
             rows = x.flatten(0, -2)
             out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
