@@ -26,6 +26,7 @@ from raydiff.tokenizer_files import (
     read_optional,
     write_json,
 )
+from raydiff.word_merges import merges_of
 
 MAX_LENGTH = 1024
 """Tokens that LTX-2 was trained with, bos and padding included."""
@@ -142,7 +143,8 @@ def write_tiny_gemma_tokenizer(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    merges = list(dict.fromkeys(merge for word in words for merge in _spell(word)))
+    # The space comes last: joined to a word's beginning, it would be lost to a longer one.
+    merges = [*merges_of(words), *((SPACE, word) for word in dict.fromkeys(words))]
     tokens = list(NAMED_TOKENS.values())
     tokens += [f"<0x{byte:02X}>" for byte in range(256)]
     tokens += [SPACE, *map(chr, range(0x21, 0x7F)), *(left + right for left, right in merges)]
@@ -164,12 +166,6 @@ def write_tiny_gemma_tokenizer(
     }
     write_json(folder / "tokenizer_config.json", config)
     return len(vocab)
-
-
-def _spell(word: str) -> list[tuple[str, str]]:
-    """Return the merges that put a word together from left to right, then a space before it."""
-    joined = [(word[:end], word[end]) for end in range(1, len(word))]
-    return [*joined, (SPACE, word)]
 
 
 def _named(

@@ -6,7 +6,6 @@ normaliser and the split into words are CLIP's, whatever a tokenizer.json says.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -37,6 +36,7 @@ from raydiff.tokenizer_files import (
     read_text,
     write_json,
 )
+from raydiff.word_merges import merges_of
 
 MAX_LENGTH = 77
 """Positions that CLIP was trained with, bos and eos included."""
@@ -131,7 +131,7 @@ def write_tiny_tokenizer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _merges_of(words)
+    merges = merges_of([*word[:-1], word[-1] + WORD_END] for word in words)
     tokens = [*symbols, *(symbol + WORD_END for symbol in symbols)]
     tokens += [*(left + right for left, right in merges), BOS_TOKEN, EOS_TOKEN]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -151,31 +151,6 @@ def write_tiny_tokenizer(
     named = _first_named(NamedTokens.model_validate(special_tokens_map))
     _build(vocab, merges, named, {}).save(str(folder / "tokenizer.json"))
     return len(vocab)
-
-
-def _merges_of(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Return merges, by rank, under which each of `words` is one token.
-
-    A word's own merges come after those of the words before it: what these have joined in it stays
-    joined, and its pieces are joined from left to right.
-    """
-    ranks: dict[tuple[str, str], int] = {}
-    for word in words:
-        left, *rest = _pieces(word, ranks)
-        for right in rest:
-            ranks[left, right] = len(ranks)
-            left += right
-    return list(ranks)
-
-
-def _pieces(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Spell a word under merges, as BPE does: the pair of the lowest rank is joined first."""
-    pieces = [*word[:-1], word[-1] + WORD_END]
-    while known := [pair for pair in pairwise(pieces) if pair in ranks]:
-        best = min(known, key=lambda pair: ranks[pair])
-        place = list(pairwise(pieces)).index(best)
-        pieces[place : place + 2] = ["".join(best)]
-    return pieces
 
 
 def _build(

@@ -11,7 +11,8 @@ from raydiff.manifest.video_rules import video_defaults
 from raydiff.models.ltx2.audio_vae import AudioVAEConfig
 from raydiff.models.ltx2.rope import LatentSize
 from raydiff.models.ltx2.video_vae_config import LTX2VideoVAEConfig
-from raydiff.pipelines.tiny_ltx2 import CONFIGS, MAX_TOKENS, gemma_config
+from raydiff.pipelines.save_ltx2 import gemma_config
+from raydiff.pipelines.tiny_ltx2 import CONFIGS, GEMMA, MAX_TOKENS
 from raydiff.request import ModelInfo, RenderRequest, VideoModel, with_request_id
 from raydiff.video_settings import NUM_DISTILLED_STEPS, VideoMode, VideoSettings
 from raydiff.weights.published_ltx2 import PUBLISHED_LTX2, LTX2Version
@@ -53,7 +54,7 @@ class Scene:
         """The components' configs."""
         if not self.is_tiny:
             return PUBLISHED_LTX2[self.version]
-        return {"text_encoder": gemma_config(tiny_vocab_size()), **CONFIGS[self.version]}
+        return {"text_encoder": gemma_config(GEMMA, tiny_vocab_size()), **CONFIGS[self.version]}
 
     @property
     def max_tokens(self) -> int:

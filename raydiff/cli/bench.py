@@ -390,7 +390,7 @@ def bench_scaling(
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--sheet", type=click.Path(), help="Image file to show the pictures in.")
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object per line.")
-def bench_mini(
+def mini(
     models: tuple[str, ...],
     captions: int,
     guidance_scale: float | None,
@@ -400,38 +400,59 @@ def bench_mini(
     sheet: str | None,
     is_json: bool,
 ) -> None:
-    """Render captions that no training has seen with the miniatures MODELS, and look at them.
+    """Render captions that no training has seen with the miniatures MODELS, look and listen.
 
     Without MODELS, those that ship with raydiff. Each share is of the captions for which all
-    objects are right.
+    objects are right. `pan` is of the clips whose shape moves left or right.
 
     \b
     raydiff bench mini
     raydiff bench mini my-models/mini-sd21
     raydiff bench mini my-models/mini-sdxl --guidance-scale 1 --sheet pictures.png
     """
-    from raydiff.bench.mini import MINIATURES
-    from raydiff.bench.mini import bench_mini as run
+    from raydiff.bench.mini import MINIATURES, bench_mini
+    from raydiff.bench.mini_clips import bench_mini_clips
+    from raydiff.weights.resolve import resolve_model
 
     for model in models or MINIATURES:
-        report = run(
-            model,
-            num_captions=captions,
-            guidance_scale=guidance_scale,
-            num_inference_steps=steps,
-            sampler=sampler,
-            batch_size=batch_size,
-            sheet=sheet,
-        )
-        if is_json:
-            click.echo(json.dumps(asdict(report)))
-            continue
-        shares = ", ".join(
-            f"{name} {getattr(report, name):.1%}"
-            for name in ("color", "shape", "count", "position", "background", "everything")
-        )
-        click.echo(
-            f"{model}: {shares} ({report.num_captions} captions, {report.num_inference_steps} "
-            f"steps of {report.sampler}, guidance {report.guidance_scale:g}); "
-            f"{report.seconds_per_image:.2f} s per image"
-        )
+        options: dict[str, Any] = {
+            "num_captions": captions,
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": steps,
+            "batch_size": batch_size,
+            "sheet": sheet,
+        }
+        if resolve_model(model).video is None:
+            report = asdict(bench_mini(model, sampler=sampler, **options))
+        else:
+            report = asdict(bench_mini_clips(model, **options))
+        click.echo(json.dumps(report) if is_json else _mini_line(report))
+
+
+def _mini_line(report: dict[str, Any]) -> str:
+    """Return a miniature's report as a line."""
+    shares = [f"{name} {value:.1%}" for name, value in report.items() if name in _MINI_SHARES]
+    sampler = f" of {report['sampler']}" if "sampler" in report else ""
+    what, seconds = next(
+        (name.removeprefix("seconds_per_"), value)
+        for name, value in report.items()
+        if name.startswith("seconds_per_")
+    )
+    return (
+        f"{report['model']}: {', '.join(shares)} ({report['num_captions']} captions, "
+        f"{report['num_inference_steps']} steps{sampler}, guidance "
+        f"{report['guidance_scale']:g}); {seconds:.2f} s per {what}"
+    )
+
+
+_MINI_SHARES = (
+    "color",
+    "shape",
+    "count",
+    "position",
+    "direction",
+    "background",
+    "tone",
+    "pan",
+    "everything",
+)

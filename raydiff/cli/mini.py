@@ -17,18 +17,24 @@ def mini() -> None:
 
 
 @mini.command()
-@click.argument("path", type=click.Path())
-@click.option("--scenes", default=64, show_default=True, help="How many, in rows of eight.")
+@click.argument("path", type=click.Path(dir_okay=False))
+@click.option("--scenes", default=64, show_default=True, help="How many.")
 @click.option("--seed", default=0, show_default=True)
 def draw(path: str, scenes: int, seed: int) -> None:
-    """Draw training scenes into the image file PATH and print their captions.
+    """Draw training scenes into the file PATH and print their captions.
+
+    An image shows them in rows of eight; a file that ends in .mp4 shows the clips that mini-ltx2
+    learns from, with their sound, one after another.
 
     \b
     raydiff mini draw scenes.png
+    raydiff mini draw clips.mp4 --scenes 10
     """
+    from raydiff.mini.ltx2.show import show_clips
     from raydiff.mini.show import draw_scenes
 
-    for text in draw_scenes(path, scenes, seed):
+    is_video = path.lower().endswith(".mp4")
+    for text in (show_clips if is_video else draw_scenes)(path, scenes, seed):
         click.echo(text)
 
 
@@ -57,27 +63,29 @@ def autoencoder(out: str, scale: float) -> None:
 
 
 @mini.command()
-@click.argument("families", nargs=-1, type=click.Choice(["sd21", "sdxl"]))
-@click.option("--out", required=True, type=click.Path(), help="Folder for mini-sd21, mini-sdxl.")
+@click.argument("families", nargs=-1, type=click.Choice(["sd21", "sdxl", "ltx2"]))
+@click.option("--out", required=True, type=click.Path(), help="Folder for mini-sd21 and the rest.")
 @click.option(
     "--autoencoder",
     type=click.Path(exists=True, file_okay=False),
-    help="One from `raydiff mini autoencoder`, in place of training it first.",
+    help="One from `raydiff mini autoencoder`, in place of training the images' first.",
 )
 @_SCALE
 def train(families: tuple[Any, ...], out: str, autoencoder: str | None, scale: float) -> None:
-    """Train the miniatures FAMILIES (both if none is named) from nothing.
+    """Train the miniatures FAMILIES (those that ship if none is named) from nothing.
 
-    On a GPU both take minutes; on a CPU, days. The result is a pipeline folder each, for
-    --model. `raydiff bench mini OUT/mini-sd21` measures it.
+    On a GPU each takes minutes; on a CPU, ltx2 takes hours and the others days. The result is a
+    pipeline folder each, for --model. `raydiff bench mini OUT/mini-sd21` measures it.
 
     \b
     raydiff mini train --out my-models
     raydiff mini train sd21 --out my-models --scale 0.01
+    raydiff mini train ltx2 --out my-models
     """
     from raydiff.mini.recipe import FAMILIES
     from raydiff.mini.train import train as run
 
-    chosen = families or FAMILIES
-    for folder in run(out, chosen, autoencoder=autoencoder, scale=scale, log=click.echo):
+    for folder in run(
+        out, families or FAMILIES, autoencoder=autoencoder, scale=scale, log=click.echo
+    ):
         click.echo(str(folder))

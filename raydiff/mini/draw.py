@@ -21,19 +21,19 @@ STAR_INNER = 0.45
 def table(scene: Scene, placed: Sequence[Placed], rng: np.random.Generator) -> NDArray[np.float32]:
     """Return a scene as (1 + MAX_OBJECTS, NUM_FIELDS) numbers; the first row is the background."""
     rows = np.full((1 + MAX_OBJECTS, NUM_FIELDS), -1.0, np.float32)
-    rows[0, 4:] = np.add(BACKGROUNDS[scene.background], _jitter(rng))
+    rows[0, 4:] = np.add(BACKGROUNDS[scene.background], color_jitter(rng))
     for row, one in zip(rows[1:], placed, strict=False):
         group = scene.groups[one.group]
-        color = np.add(COLORS[group.color], _jitter(rng))
+        color = np.add(COLORS[group.color], color_jitter(rng))
         row[:] = (one.x, one.y, one.radius, SHAPES.index(group.shape), *color)
     return rows
 
 
-def draw(tables: Tensor) -> Tensor:
-    """(B, 1 + MAX_OBJECTS, NUM_FIELDS) -> pixels (B, 3, CANVAS, CANVAS) in -1..1."""
-    steps = torch.arange(CANVAS, dtype=torch.float32, device=tables.device) + 0.5
+def draw(tables: Tensor, size: int = CANVAS) -> Tensor:
+    """(B, 1 + objects, NUM_FIELDS) -> pixels (B, 3, size, size) in -1..1."""
+    steps = torch.arange(size, dtype=torch.float32, device=tables.device) + 0.5
     background = tables[:, 0, 4:, None, None]
-    image = background.expand(-1, -1, CANVAS, CANVAS).clone()
+    image = background.expand(-1, -1, size, size).clone()
     for one in tables[:, 1:].unbind(1):
         x = steps[None, None, :] - one[:, 0, None, None]  # (B, 1, W)
         y = steps[None, :, None] - one[:, 1, None, None]  # (B, H, 1)
@@ -79,5 +79,6 @@ def _star(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return ((along - radius) * inner_across + across * (1 - inner_along)) / normal
 
 
-def _jitter(rng: np.random.Generator) -> NDArray[np.float64]:
+def color_jitter(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return how far off a colour is in red, green and blue."""
     return rng.uniform(-COLOR_JITTER, COLOR_JITTER, 3)

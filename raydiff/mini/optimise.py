@@ -4,6 +4,7 @@ a moving average of the weights. On a GPU the whole step is one CUDA graph."""
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,22 @@ LAST_RATE = 0.02
 """Learning rate at the end, as a part of the highest."""
 WARM_UP_RUNS = 3
 """Of a step before it is captured, at a learning rate of 0."""
+LOG_EVERY = 500
 AVERAGE_EVERY = 10
 """Steps between two updates of the average."""
+
+
+class Schedule(Protocol):
+    """What a recipe says of a training's steps."""
+
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def ema_decay(self) -> float: ...
 
 
 class Optimiser:
@@ -33,7 +48,10 @@ class Optimiser:
         warmup_steps: int,
         num_steps: int,
         ema_decay: float | None = None,
+        is_captured: bool = True,
     ) -> None:
+        """`is_captured`: False for a `loss_of` that copies from the host, which no CUDA graph
+        can."""
         self._parameters: list[Tensor] = [one for one in module.parameters() if one.requires_grad]
         self._average = [one.detach().clone() for one in self._parameters]
         self._ema_decay = ema_decay
@@ -55,8 +73,28 @@ class Optimiser:
         )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss = torch.zeros((), device=device)
-        if device.type == "cuda":
+        if is_captured and device.type == "cuda":
             self._capture()
+
+    @classmethod
+    def of(
+        cls,
+        schedule: Schedule,
+        module: nn.Module,
+        loss_of: Callable[[], Tensor],
+        *,
+        is_captured: bool = True,
+    ) -> Self:
+        """Build what a recipe says."""
+        return cls(
+            module,
+            loss_of,
+            learning_rate=schedule.learning_rate,
+            warmup_steps=schedule.warmup_steps,
+            num_steps=schedule.num_steps,
+            ema_decay=schedule.ema_decay,
+            is_captured=is_captured,
+        )
 
     def step(self) -> Tensor:
         """Go one step down; return the loss before it, which stays on the device."""
@@ -69,6 +107,14 @@ class Optimiser:
         if self._ema_decay is not None and self._num_done % AVERAGE_EVERY == 0:
             self._update_average(self._ema_decay)
         return self._loss
+
+    def descend(self, name: str, log: Callable[[str], None]) -> None:
+        """Go all the steps and put the averaged weights into the module."""
+        for step in range(self._num_steps):
+            loss = self.step()
+            if (step + 1) % LOG_EVERY == 0:
+                log(f"{name}: step {step + 1} of {self._num_steps}, loss {loss.item():.4f}")
+        self.load_average()
 
     @torch.no_grad()
     def load_average(self) -> None:

@@ -1,13 +1,15 @@
-"""Train the miniatures from nothing: scenes, the autoencoder they share, then each model's text
-encoders and UNet. The same code, seeds and kind of device give the same models, but for rounding.
+"""Train the miniatures from nothing. Those of images: scenes, the autoencoder they share, then each
+model's text encoders and UNet; that of clips has a module of its own. The same code, seeds and kind
+of device give the same models, but for rounding.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from raydiff.errors import OutputError
 from raydiff.mini.dataset import Dataset, make_dataset
+from raydiff.mini.ltx2.train import train_clips
 from raydiff.mini.recipe import FAMILIES, NUM_SCENES, RECIPES, AutoencoderRecipe, MiniFamily
 from raydiff.mini.save import (
     load_autoencoder,
@@ -30,13 +33,15 @@ from raydiff.tokenizer import CLIPTokenizer
 
 Log = Callable[[str], None]
 
+AnyFamily = MiniFamily | Literal["ltx2"]
+
 TENSORS = "shared.safetensors"
 AUTOENCODER = "vae"
 
 
 def train(
     out: str | Path,
-    families: Sequence[MiniFamily] = FAMILIES,
+    families: Sequence[AnyFamily] = FAMILIES,
     *,
     autoencoder: str | Path | None = None,
     scale: float = 1.0,
@@ -44,16 +49,32 @@ def train(
 ) -> list[Path]:
     """Write OUT/mini-<family> for each family and return the folders.
 
-    `autoencoder` is a folder that `train_shared` wrote; without it that training comes first.
-    `scale` shortens everything (scenes, steps) for a quick try. On a GPU the families train side
-    by side, on as many GPUs as there are. Raises OutputError where a folder is not empty,
-    ModelError for an autoencoder that is not one of the miniatures'.
+    `autoencoder` is a folder that `train_shared` wrote, for the families that draw images; without
+    it that training comes first. `scale` shortens everything (scenes, steps) for a quick try. On a
+    GPU the families of images train side by side, on as many GPUs as there are. Raises OutputError
+    where a folder is not empty, ModelError for an autoencoder that is not one of the miniatures'.
     """
     folders = {family: Path(out) / f"mini-{family}" for family in families}
     for folder in folders.values():
         _want_empty(folder)
     given = None if autoencoder is None else load_autoencoder(autoencoder)
     say, device = _start(log)
+    of_images = {family: folders[family] for family in FAMILIES if family in folders}
+    if of_images:
+        _train_images(of_images, given, device, scale, say)
+    if "ltx2" in folders:
+        train_clips(folders["ltx2"], scale=scale, device=device, log=say)
+    say("done")
+    return list(folders.values())
+
+
+def _train_images(
+    folders: Mapping[MiniFamily, Path],
+    given: AutoencoderKL | None,
+    device: torch.device,
+    scale: float,
+    say: Log,
+) -> None:
     tokenizers = {
         f"{family}.{name}": tokenizer
         for family, folder in folders.items()
@@ -78,8 +99,6 @@ def train(
             for index, (family, folder) in enumerate(folders.items())
         ]
         _run(jobs, is_parallel=device.type == "cuda")
-    say("done")
-    return list(folders.values())
 
 
 def train_shared(out: str | Path, *, scale: float = 1.0, log: Log = print) -> Path:

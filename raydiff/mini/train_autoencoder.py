@@ -41,19 +41,8 @@ def train_autoencoder(
         with autocast(device):
             return loss_from(vae, pixels, noise, recipe.kl_weight, recipe.edge_weight)
 
-    optimiser = Optimiser(
-        vae,
-        loss_of,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        num_steps=recipe.num_steps,
-        ema_decay=recipe.ema_decay,
-    )
-    for step in range(recipe.num_steps):
-        loss = optimiser.step()
-        if (step + 1) % 500 == 0:
-            log(f"autoencoder: step {step + 1} of {recipe.num_steps}, loss {loss.item():.4f}")
-    optimiser.load_average()
+    optimiser = Optimiser.of(recipe, vae, loss_of)
+    optimiser.descend("autoencoder", log)
     vae.requires_grad_(False)
     _whiten(vae, scenes[:WHITEN_SCENES])
     return vae

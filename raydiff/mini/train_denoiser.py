@@ -123,19 +123,8 @@ def train_denoiser(
         loss: Tensor = error.mean() + recipe.slot_weight * slot_loss
         return loss
 
-    optimiser = Optimiser(
-        nn.ModuleList([denoiser, reader]),
-        loss_of,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        num_steps=recipe.num_steps,
-        ema_decay=recipe.ema_decay,
-    )
-    for step in range(recipe.num_steps):
-        loss = optimiser.step()
-        if (step + 1) % 1000 == 0:
-            log(f"{recipe.family}: step {step + 1} of {recipe.num_steps}, loss {loss.item():.4f}")
-    optimiser.load_average()
+    trained = nn.ModuleList([denoiser, reader])
+    Optimiser.of(recipe, trained, loss_of).descend(recipe.family, log)
     denoiser.requires_grad_(False)
     return denoiser
 

@@ -9,14 +9,11 @@ from torch import Tensor, nn
 
 from raydiff.gemma_tokenizer import write_tiny_gemma_tokenizer
 from raydiff.pipelines.ltx2.modules import BUILDERS
-from raydiff.pipelines.save import save_component, write_index
-from raydiff.weights.published_ltx2 import SCHEDULER, LTX2Version
+from raydiff.pipelines.save_ltx2 import gemma_config, save_ltx2
+from raydiff.weights.published_ltx2 import LTX2Version
 
 MAX_TOKENS = 128
 """Of a text; published tokenizers have 1024."""
-
-LANGUAGE_MODEL = "language_model.model."
-"""Before the names of Gemma's weights, whose image half LTX-2 has no use for."""
 
 GEMMA: dict[str, Any] = {
     "hidden_size": 24,
@@ -167,42 +164,21 @@ CONFIGS: dict[LTX2Version, dict[str, dict[str, Any]]] = {
 def write_tiny_ltx2(folder: Path, version: LTX2Version, generator: torch.Generator) -> None:
     """Write a pipeline folder, about 12 MB."""
     vocab_size = write_tiny_gemma_tokenizer(folder / "tokenizer", max_length=MAX_TOKENS)
-    configs = CONFIGS[version] | {"text_encoder": gemma_config(vocab_size)}
-    for name, module in tiny_modules(version, vocab_size).items():
-        prefix = LANGUAGE_MODEL if name == "text_encoder" else ""
-        tensors = {
-            f"{prefix}{key}": random_weight(key, tensor, generator)
+    configs = CONFIGS[version] | {"text_encoder": gemma_config(GEMMA, vocab_size)}
+    tensors = {
+        name: {
+            key: random_weight(key, tensor, generator)
             for key, tensor in module.state_dict().items()
         }
-        save_component(folder / name, configs[name], tensors)
-    index = {
-        "_class_name": "LTX2Pipeline",
-        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
-        "text_encoder": ["transformers", "Gemma3ForConditionalGeneration"],
-        "tokenizer": ["transformers", "GemmaTokenizer"],
-        "connectors": ["ltx2", configs["connectors"]["_class_name"]],
-        "vocoder": ["ltx2", configs["vocoder"]["_class_name"]],
+        for name, module in tiny_modules(version, vocab_size).items()
     }
-    index |= {
-        name: ["diffusers", configs[name]["_class_name"]]
-        for name in ("transformer", "vae", "audio_vae")
-    }
-    write_index(folder, index, SCHEDULER)
+    save_ltx2(folder, configs, tensors)
 
 
 def tiny_modules(version: LTX2Version, vocab_size: int) -> dict[str, nn.Module]:
     """Return modules of the configs by component; their weights mean nothing yet."""
-    configs = {"text_encoder": gemma_config(vocab_size), **CONFIGS[version]}
+    configs = {"text_encoder": gemma_config(GEMMA, vocab_size), **CONFIGS[version]}
     return {name: BUILDERS[name](config) for name, config in configs.items()}
-
-
-def gemma_config(vocab_size: int) -> dict[str, Any]:
-    """Return the config.json of the text encoder."""
-    return {
-        "architectures": ["Gemma3ForConditionalGeneration"],
-        "model_type": "gemma3",
-        "text_config": {**GEMMA, "model_type": "gemma3_text", "vocab_size": vocab_size},
-    }
 
 
 def random_weight(name: str, like: Tensor, generator: torch.Generator | None = None) -> Tensor:

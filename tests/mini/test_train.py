@@ -12,9 +12,18 @@ from safetensors.torch import load_file
 
 import raydiff
 from raydiff.bench.mini import request_of
+from raydiff.bench.mini_clips import clip_request_of, render_clips
 from raydiff.errors import ModelError, OutputError
 from raydiff.mini import train as training
 from raydiff.mini.dataset import make_dataset
+from raydiff.mini.ltx2 import recipe as clip_recipe
+from raydiff.mini.ltx2.dataset import make_clips
+from raydiff.mini.ltx2.draw import HOP_LENGTH, NUM_MEL_FRAMES, SAMPLE_RATE
+from raydiff.mini.ltx2.save import save_clip_tokenizer
+from raydiff.mini.ltx2.scenes import CANVAS, NUM_FRAMES
+from raydiff.mini.ltx2.train_audio import encode_sounds, train_audio_vae
+from raydiff.mini.ltx2.train_denoiser import ClipDenoiser, Texts, train_clip_denoiser
+from raydiff.mini.ltx2.train_video_vae import encode_clips, train_video_vae
 from raydiff.mini.optimise import Optimiser
 from raydiff.mini.recipe import (
     FAMILIES,
@@ -159,3 +168,58 @@ def test_the_optimiser_finds_the_minimum_and_averages_the_way_there() -> None:
     optimiser.load_average()
     assert not torch.equal(layer.weight, last)
     assert torch.allclose(layer.weight[0], target, atol=0.05)
+
+
+def test_a_miniature_of_clips_trains_and_renders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("STILLS", "VIDEO_VAE", "AUDIO_VAE", "VOCODER", "DENOISER"):
+        schedule = replace(getattr(clip_recipe, f"{name}_TRAINING"), num_steps=2, batch_size=2)
+        monkeypatch.setattr(clip_recipe, f"{name}_TRAINING", schedule)
+    monkeypatch.setattr(clip_recipe, "NUM_CLIPS", 8)
+    (folder,) = training.train(tmp_path, ["ltx2"], log=lambda text: None)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 5_000_000
+    pipeline = raydiff.load_pipeline(str(folder))
+    asked = clip_request_of(pipeline.info, "a red circle going up", 1, num_inference_steps=2)
+    ((frames, audio),) = render_clips(pipeline, [asked], 1)
+    assert frames.shape == (NUM_FRAMES, CANVAS, CANVAS, 3)
+    assert audio is not None
+    assert audio.sample_rate == SAMPLE_RATE
+    assert audio.samples.shape == (2, NUM_MEL_FRAMES * HOP_LENGTH)
+    with pytest.raises(OutputError, match="not empty"):
+        training.train(tmp_path, ["ltx2"])
+
+
+def test_every_weight_of_a_denoiser_of_clips_learns(tmp_path: Path) -> None:
+    clips = make_clips(16)
+    tokenizer = save_clip_tokenizer(tmp_path)
+    schedule = replace(clip_recipe.DENOISER_TRAINING, num_steps=12, batch_size=8, warmup_steps=1)
+    torch.manual_seed(schedule.seed)
+    before = dict(ClipDenoiser(tokenizer.vocab_size).named_parameters())
+    trained = train_clip_denoiser(
+        schedule,
+        video=torch.randn(16, clip_recipe.VIDEO_VAE["latent_channels"], *clip_recipe.LATENT_SIZE),
+        audio=torch.randn(16, clip_recipe.NUM_AUDIO_TOKENS, clip_recipe.MEL_BINS),
+        texts=Texts.of(tokenizer, clips.captions, CPU),
+        labels=clips.labels,
+        vocab_size=tokenizer.vocab_size,
+        log=lambda text: None,
+    )
+    still = {name for name, one in trained.named_parameters() if torch.equal(one, before[name])}
+    assert not still
+
+
+def test_latents_of_clips_are_normal(tmp_path: Path) -> None:
+    tables = make_clips(32).tables
+    schedule = replace(clip_recipe.STILLS_TRAINING, num_steps=2, batch_size=2)
+    vae = train_video_vae(schedule, schedule, tables, CPU, lambda text: None)
+    audio_vae = train_audio_vae(schedule, tables, CPU, lambda text: None)
+    video = encode_clips(vae, tables, CPU).float()
+    audio = encode_sounds(audio_vae, tables, CPU).float()
+    assert video.shape[2:] == clip_recipe.LATENT_SIZE
+    assert audio.shape[1:] == (clip_recipe.NUM_AUDIO_TOKENS, clip_recipe.MEL_BINS)
+    for latents, dims in ((video, (0, 2, 3, 4)), (audio, (0, 1))):
+        assert torch.allclose(latents.mean(dim=dims), torch.zeros(24), atol=0.02)
+        assert torch.allclose(latents.std(dim=dims), torch.ones(24), atol=0.02)
+    pixels = vae.decode(vae.denormalize(video))
+    assert pixels.shape == (32, 3, NUM_FRAMES, CANVAS, CANVAS)

@@ -247,8 +247,10 @@ class GELUProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         weight, bias = self.proj.weight, self.proj.bias
-        # A weight that is elsewhere comes to the device for the layer's own forward pass alone.
-        if weight.is_cuda and type(self.proj) is nn.Linear and bias is not None:
+        # A weight that is elsewhere comes to the device for the layer's own forward pass alone, and
+        # one that is trained wants a gradient.
+        is_plain = type(self.proj) is nn.Linear and not weight.requires_grad
+        if weight.is_cuda and is_plain and bias is not None:
             # On CUDA this is one kernel, whose GELU is the same approximation.
             rows = x.flatten(0, -2)
             out = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)

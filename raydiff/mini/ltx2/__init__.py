@@ -1,0 +1,1 @@
+"""mini-ltx2: moving shapes with a tone per shape, in LTX-2's architecture."""
