@@ -136,7 +136,7 @@ blurred corners."""
 
 STILLS_TRAINING = Training(num_steps=6_000, batch_size=16, learning_rate=1.5e-3, seed=0)
 VIDEO_VAE_TRAINING = Training(num_steps=7_000, batch_size=4, learning_rate=1.5e-3, seed=0)
-AUDIO_VAE_TRAINING = Training(num_steps=1_500, batch_size=8, learning_rate=2e-3, seed=1)
+AUDIO_VAE_TRAINING = Training(num_steps=6_000, batch_size=8, learning_rate=2e-3, seed=1)
 VOCODER_TRAINING = Training(num_steps=4_500, batch_size=8, learning_rate=2e-3, seed=2)
 DENOISER_TRAINING = Training(
     num_steps=5_500, batch_size=32, learning_rate=1e-3, seed=3, warmup_steps=300
