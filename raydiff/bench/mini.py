@@ -12,6 +12,7 @@ from PIL import Image
 
 import raydiff
 from raydiff.mini.captions import caption
+from raydiff.mini.ltx2.measure import ClipScore
 from raydiff.mini.measure import Score, background_name, score
 from raydiff.mini.recipe import FAMILIES
 from raydiff.mini.scenes import Scene, is_held_out, place, sample_scene
@@ -101,14 +102,14 @@ def bench_mini(
     )
 
 
-def share(scores: Sequence[Score], name: str) -> float:
-    """Return how many of the pictures that can be right in this respect are."""
+def share(scores: Sequence[Score | ClipScore], name: str) -> float:
+    """Return how many of the pictures or clips that can be right in this respect are."""
     values = [getattr(one, name) for one in scores]
     return float(np.mean([value for value in values if value is not None]))
 
 
 def request_of(info: ModelInfo, prompt: str, seed: int, **values: Any) -> RenderRequest:
-    """Return an image as a model draws it by default, but for `values`."""
+    """Return an image as a model draws it by default, or what else `values` make of it."""
     defaults: dict[str, Any] = {
         "task": "txt2img",
         "negative_prompt": None,

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import raydiff
+from raydiff.bench.mini import SCENE_SEED, request_of, share
 from raydiff.mini.ltx2.captions import clip_caption
-from raydiff.mini.ltx2.measure import ClipScore, score_clip
+from raydiff.mini.ltx2.measure import score_clip
 from raydiff.mini.ltx2.scenes import (
     CANVAS,
     FRAME_RATE,
@@ -24,10 +25,9 @@ from raydiff.mini.ltx2.scenes import (
 )
 from raydiff.output.video.audio import Audio
 from raydiff.pipelines.base import Pipeline
-from raydiff.request import ModelInfo, RenderRequest, with_request_id
+from raydiff.request import ModelInfo, RenderRequest
 from raydiff.video_settings import VideoSettings
 
-SCENE_SEED = 7
 SHEET_FRAMES = 5
 """Of each clip, side by side."""
 
@@ -98,7 +98,7 @@ def bench_mini_clips(
     if sheet is not None:
         _save_sheet(clips, Path(sheet))
     shares: dict[str, Any] = {
-        name: clip_share(scores, name)
+        name: share(scores, name)
         for name in ("color", "shape", "direction", "background", "tone", "pan")
     }
     return MiniClipReport(
@@ -106,15 +106,9 @@ def bench_mini_clips(
         num_captions=num_captions,
         **chosen,
         **shares,
-        everything=clip_share(scores, "is_right"),
+        everything=share(scores, "is_right"),
         seconds_per_clip=elapsed_s / num_captions,
     )
-
-
-def clip_share(scores: Sequence[ClipScore], name: str) -> float:
-    """Return how many of the clips that can be right in this respect are."""
-    values = [getattr(one, name) for one in scores]
-    return float(np.mean([value for value in values if value is not None]))
 
 
 def clip_request_of(info: ModelInfo, prompt: str, seed: int, **values: Any) -> RenderRequest:
@@ -122,13 +116,10 @@ def clip_request_of(info: ModelInfo, prompt: str, seed: int, **values: Any) -> R
     picture's."""
     settings: dict[str, Any] = {
         "task": "txt2vid",
-        "negative_prompt": None,
         "height": CANVAS,
         "width": CANVAS,
         "num_inference_steps": 20,
         "guidance_scale": 3.0,
-        "guidance_rescale": 0.0,
-        "sampler": info.default_sampler,
     } | values
     video = VideoSettings(
         video_mode="one_stage",
@@ -143,16 +134,7 @@ def clip_request_of(info: ModelInfo, prompt: str, seed: int, **values: Any) -> R
         audio_modality_scale=1.0,
         audio_guidance_rescale=0.0,
     )
-    return with_request_id(
-        RenderRequest(
-            model=info.name,
-            model_revision=info.revision,
-            prompt=prompt,
-            seed=seed,
-            video=video,
-            **settings,
-        )
-    )
+    return request_of(info, prompt, seed, video=video, **settings)
 
 
 def render_clips(

@@ -42,15 +42,15 @@ def caption(scene: Scene, rng: np.random.Generator, *, open_share: float = OPEN_
         body = f"{first} and {second}"
     else:
         words = RELATION_WORDS[scene.relation]
-        body = f"{groups[0]} {_pick(words, rng)} {groups[1]}"
-    return _pick(OPENINGS, rng) + body + _background(scene.background, rng)
+        body = f"{groups[0]} {pick(words, rng)} {groups[1]}"
+    return pick(OPENINGS, rng) + body + _background(scene.background, rng)
 
 
 def _group(group: Group, rng: np.random.Generator, open_share: float) -> str:
     return _words(
         group,
-        _pick(NUMBERS[group.count], rng),
-        _pick(SIZE_WORDS[group.size], rng),
+        pick(NUMBERS[group.count], rng),
+        pick(SIZE_WORDS[group.size], rng),
         is_color_open=rng.random() < open_share,
         is_shape_open=rng.random() < open_share,
     )
@@ -74,8 +74,9 @@ def _words(
 def _background(background: Background, rng: np.random.Generator) -> str:
     if background == "white" and rng.random() < UNNAMED_WHITE_SHARE:
         return ""
-    return _pick(BACKGROUND_WORDS, rng).format(background)
+    return pick(BACKGROUND_WORDS, rng).format(background)
 
 
-def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
+def pick(choices: Sequence[str], rng: np.random.Generator) -> str:
+    """Choose a wording."""
     return choices[int(rng.integers(len(choices)))]

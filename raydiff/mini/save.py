@@ -29,7 +29,7 @@ def save_tokenizers(recipe: Recipe, folder: Path) -> dict[str, Path]:
 
 def save_autoencoder(folder: Path, vae: AutoencoderKL) -> None:
     """Write the autoencoder alone, as a pipeline's folder `vae` has it."""
-    save_component(folder, VAE, _half(vae))
+    save_component(folder, VAE, half(vae))
 
 
 def load_autoencoder(folder: str | Path) -> AutoencoderKL:
@@ -55,14 +55,15 @@ def save_miniature(
 ) -> None:
     """Write everything but the tokenizers, which training needed before."""
     configs = {name: encoder_config(recipe, name, vocab_sizes[name]) for name in vocab_sizes}
-    save_component(folder / "vae", VAE, _half(vae))
-    save_component(folder / "unet", recipe.unet, _half(denoiser.unet))
+    save_component(folder / "vae", VAE, half(vae))
+    save_component(folder / "unet", recipe.unet, half(denoiser.unet))
     for name, encoder in denoiser.text_encoders.items():
-        save_component(folder / name, configs[name], _half(encoder))
+        save_component(folder / name, configs[name], half(encoder))
     save_index(folder, configs, recipe.scheduler, is_sdxl=recipe.has_zero_negative)
 
 
-def _half(module: nn.Module) -> dict[str, Tensor]:
+def half(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's tensors by name, in half precision on the host."""
     return {
         name: tensor.detach().to("cpu", torch.float16).contiguous()
         for name, tensor in module.state_dict().items()

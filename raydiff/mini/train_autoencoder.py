@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raydiff.mini.divergence import divergence
 from raydiff.mini.draw import draw
 from raydiff.mini.optimise import Optimiser, autocast
 from raydiff.mini.recipe import LATENT_SIZE, AutoencoderRecipe
@@ -63,8 +64,12 @@ def _loss(
     decoded = vae.decode(sample(type(moments)(mean, logvar), noise)).float()
     error = (decoded - pixels).abs().mean()
     edges = sum((decoded.diff(dim=dim) - pixels.diff(dim=dim)).abs().mean() for dim in (-1, -2))
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
-    return error + edge_weight * edges + F.mse_loss(decoded, pixels) + kl_weight * kl
+    return (
+        error
+        + edge_weight * edges
+        + F.mse_loss(decoded, pixels)
+        + kl_weight * divergence(mean, logvar)
+    )
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from raydiff.mini.captions import BACKGROUND_WORDS, SIZE_WORDS, UNNAMED_WHITE_SHARE
+from raydiff.mini.captions import BACKGROUND_WORDS, SIZE_WORDS, UNNAMED_WHITE_SHARE, pick
 from raydiff.mini.ltx2.scenes import ClipScene, Direction
 from raydiff.mini.scenes import BACKGROUNDS, COLORS, SHAPES
 
@@ -18,14 +18,14 @@ MOTION_WORDS: dict[Direction, tuple[str, ...]] = {
 
 def clip_caption(scene: ClipScene, rng: np.random.Generator) -> str:
     """Describe a clip in one of many ways."""
-    size = _pick(SIZE_WORDS[scene.size], rng)
+    size = pick(SIZE_WORDS[scene.size], rng)
     text = " ".join(word for word in (size, scene.color, scene.shape) if word)
-    article = "an" if text[0] in "aeiou" else _pick(("a", "a", "one"), rng)
-    motion = _pick(MOTION_WORDS[scene.direction], rng)
-    background = _pick(BACKGROUND_WORDS, rng).format(scene.background)
+    article = "an" if text[0] in "aeiou" else pick(("a", "a", "one"), rng)
+    motion = pick(MOTION_WORDS[scene.direction], rng)
+    background = pick(BACKGROUND_WORDS, rng).format(scene.background)
     if scene.background == "white" and rng.random() < UNNAMED_WHITE_SHARE:
         background = ""
-    return f"{_pick(OPENINGS, rng)}{article} {text} {motion}{background}"
+    return f"{pick(OPENINGS, rng)}{article} {text} {motion}{background}"
 
 
 def clip_words() -> list[str]:
@@ -45,7 +45,3 @@ def clip_words() -> list[str]:
     return sorted(
         {word for text in texts for word in text.replace("{}", "").replace(",", "").split()}
     )
-
-
-def _pick(choices: tuple[str, ...], rng: np.random.Generator) -> str:
-    return choices[int(rng.integers(len(choices)))]

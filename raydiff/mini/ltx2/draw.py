@@ -35,7 +35,7 @@ def table(scene: ClipScene, way: Way, rng: np.random.Generator) -> NDArray[np.fl
     background = np.add(BACKGROUNDS[scene.background], color_jitter(rng))
     color = np.add(COLORS[scene.color], color_jitter(rng))
     numbers = [*background, *color, *way, SHAPES.index(scene.shape)]
-    return np.array([*numbers], dtype=np.float32)
+    return np.array(numbers, dtype=np.float32)
 
 
 def draw_clips(tables: Tensor, num_frames: int = NUM_FRAMES) -> Tensor:

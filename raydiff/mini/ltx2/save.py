@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from raydiff.gemma_tokenizer import GemmaTokenizer, write_tiny_gemma_tokenizer
@@ -17,6 +16,7 @@ from raydiff.mini.ltx2.recipe import (
     VOCODER,
 )
 from raydiff.mini.ltx2.train_denoiser import ClipDenoiser
+from raydiff.mini.save import half
 from raydiff.models.ltx2.audio_vae import AudioVAE
 from raydiff.models.ltx2.video_vae import LTX2VideoVAE
 from raydiff.models.ltx2.vocoder import Vocoder
@@ -54,11 +54,4 @@ def save_clip_miniature(
         "audio_vae": AUDIO_VAE,
         "vocoder": VOCODER,
     }
-    tensors = {
-        name: {
-            key: tensor.detach().to("cpu", torch.float16).contiguous()
-            for key, tensor in module.state_dict().items()
-        }
-        for name, module in modules.items()
-    }
-    save_ltx2(folder, configs, tensors)
+    save_ltx2(folder, configs, {name: half(module) for name, module in modules.items()})

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raydiff.mini.divergence import divergence
 from raydiff.mini.ltx2.draw import HOP_LENGTH, NUM_MEL_FRAMES, SAMPLE_RATE, draw_sounds
 from raydiff.mini.ltx2.recipe import AUDIO_VAE, KL_WEIGHT, MEL_BINS, VOCODER, Training
 from raydiff.mini.optimise import Optimiser, autocast
@@ -47,8 +48,7 @@ def train_audio_vae(
             mean, logvar = moments.mean.float(), moments.logvar.float()
             noise = torch.randn_like(mean)
             decoded = vae.decode(sample(Moments(mean, logvar), noise)).float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
-        return F.l1_loss(decoded, spectra) + KL_WEIGHT * kl
+        return F.l1_loss(decoded, spectra) + KL_WEIGHT * divergence(mean, logvar)
 
     Optimiser.of(training, vae, loss_of, is_captured=False).descend("audio vae", log)
     vae.requires_grad_(False)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raydiff.mini.divergence import divergence
 from raydiff.mini.ltx2.draw import draw_clips, on_the_way
 from raydiff.mini.ltx2.recipe import KL_WEIGHT, VIDEO_VAE, Training
 from raydiff.mini.ltx2.scenes import NUM_FRAMES
@@ -78,5 +79,5 @@ def _loss(vae: LTX2VideoVAE, pixels: Tensor) -> Tensor:
     axes = (-1, -2) if pixels.shape[2] == 1 else (-1, -2, -3)
     edges = sum((decoded.diff(dim=axis) - pixels.diff(dim=axis)).abs().mean() for axis in axes)
     squares = F.mse_loss(decoded, pixels)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3, 4)).mean()
+    kl = divergence(mean, logvar)
     return error + SQUARE_WEIGHT * squares + EDGE_WEIGHT * edges + KL_WEIGHT * kl
